@@ -1,0 +1,38 @@
+"""Holdfast: protect pre-trained models against fine-tuning to a restricted domain, and audit whether it holds."""
+
+from holdfast.attacks.batteries import Attack, battery
+from holdfast.audit import AuditSpec
+from holdfast.defences.sophon import Sophon
+from holdfast.domains import DomainSpec, load_domain
+from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
+from holdfast.losses import inverse_cross_entropy, inverse_logits_cross_entropy, kl_from_uniform
+from holdfast.models import Architecture
+from holdfast.pipeline import audit_checkpoint, load_model, run
+from holdfast.recipes import Recipe, load_recipe
+from holdfast.training import evaluate, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Architecture",
+    "Attack",
+    "AuditSpec",
+    "DomainSpec",
+    "FineTuning",
+    "Recipe",
+    "Sophon",
+    "UserError",
+    "__version__",
+    "audit_checkpoint",
+    "battery",
+    "evaluate",
+    "fit",
+    "inverse_cross_entropy",
+    "inverse_logits_cross_entropy",
+    "kl_from_uniform",
+    "load_domain",
+    "load_model",
+    "load_recipe",
+    "run",
+]

@@ -1,0 +1,1 @@
+"""Attacks, and the named, versioned batteries of them."""

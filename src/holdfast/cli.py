@@ -1,0 +1,272 @@
+"""The command line: `holdfast run | pretrain | protect | audit | report | demo | list`."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other processes
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from holdfast.errors import UserError, one_line, require, unknown
+from holdfast.files import RunFolder
+from holdfast.pipeline import Run
+from holdfast.progress import Reporter
+from holdfast.recipes import Recipe, list_recipes, load_recipe, parse_recipe
+
+app = typer.Typer(
+    name="holdfast",
+    help="Protect a pre-trained model against fine-tuning to a restricted domain; audit whether the protection holds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (see `holdfast list recipes`).")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The run's folder; new, empty, or this run's own.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as audit.seeds=5. Repeatable."),
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", metavar="NAME", help="Lay one of the recipe's presets over it: small, paper.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what has begun in --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _load(recipe: str, preset: str | None, changes: list[str] | None) -> Recipe:
+    return load_recipe(recipe, preset, changes or [])
+
+
+def _stage(run: Run, stage: str) -> None:
+    """Run one stage of the chain in the folder's lock, after all input has been read."""
+    with RunFolder(run.out).lock():
+        run.preflight()
+        run.claim()
+        getattr(run, stage)()
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: Out,
+    preset: Preset = None,
+    changes: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole chain: pre-train where needed, protect, audit, report."""
+    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    _headlines(work.all(), out)
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    resume: Resume = False,
+    quiet: Quiet = False,
+    changes: Set = None,
+) -> None:
+    """The whole chain on built-in digits in about a minute: 0-4 are kept, 5-9 are restricted."""
+    _headlines(Run(_load("demo", None, changes), out, resume, Reporter(quiet)).all(), out)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeArgument,
+    out: Out,
+    preset: Preset = None,
+    changes: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the recipe's model on the original domain; the clean model goes to DIR/clean."""
+    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    _stage(work, "pretrain")
+    typer.echo(f"clean model: {work.clean_folder}")
+
+
+@app.command()
+def protect(
+    recipe: RecipeArgument,
+    out: Out,
+    preset: Preset = None,
+    changes: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Protect the recipe's model; the bundle to release goes to DIR/bundle."""
+    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    _stage(work, "protect")
+    typer.echo(f"protected model: {work.bundle_folder}")
+
+
+@app.command()
+def audit(
+    out: Out,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="The recipe of a run, or what to audit a checkpoint with."),
+    ] = None,
+    protected: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Somebody's protected weights: safetensors, state dict, or bundle folder."),
+    ] = None,
+    clean: Annotated[str | None, typer.Option(metavar="PATH", help="The same model's weights before protection.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Their model: small_conv, a timm name, or module:factory.")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Original domain, such as cifar10[0-4]; for intactness.")
+    ] = None,
+    restricted: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Restricted domain, such as cifar10[5-9].")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    preset: Preset = None,
+    changes: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack a protected model beside two controls, and report. Needs a RECIPE, or --protected with --clean.
+
+    Own run: holdfast audit RECIPE --out DIR.
+    A checkpoint: holdfast audit --protected P.safetensors --clean C.safetensors --model resnet18 --size 32
+    --original "cifar10[0-4]" --restricted "cifar10[5-9]" --out DIR.
+    """
+    sections = {"model.name": model, "model.size": size, "original": original, "restricted": restricted}
+    given = [f"{k}={json.dumps(v)}" for k, v in {**sections, "weights": clean}.items() if v is not None]
+    if recipe is not None:
+        loaded = _load(recipe, preset, [*given, *(changes or [])])
+    else:
+        require(
+            bool(protected and clean and restricted),
+            "audit needs a RECIPE, or all of --protected, --clean and --restricted",
+        )
+        raw: dict[str, Any] = {"name": "audit of a checkpoint", "original": original or restricted}
+        loaded = parse_recipe(raw, None, [*given, *(changes or [])], "audit")
+    if protected:
+        require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
+    has_original = protected is None or recipe is not None or original is not None
+    work = Run(replace(loaded), out, resume, Reporter(quiet), protected, has_original)
+    _stage(work, "audit")
+    _headlines(work.report(), out)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of a run that was audited.")],
+) -> None:
+    """Write the report of an audited run anew, from its records alone."""
+    from holdfast.report.write import write_report
+
+    require(out.is_dir(), f"folder not found: {out}")
+    with RunFolder(out).lock():
+        _headlines(write_report(out), out)
+
+
+LISTS = ("defences", "attacks", "batteries", "domains", "models", "recipes")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(LISTS))],
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, name → summary.")] = False,
+) -> None:
+    """What there is: defences, attacks, batteries, domains, models, recipes."""
+    if what not in LISTS:
+        raise unknown("list", what, LISTS)
+    found = _listing(what)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = min(40, max(map(len, found), default=0))
+    for name, text in found.items():
+        typer.echo(f"{name:<{width}}  {text}".rstrip())
+
+
+def _listing(what: str) -> dict[str, str]:
+    from holdfast.attacks.batteries import BATTERIES
+    from holdfast.defences.registry import DEFENCES
+    from holdfast.sources import TORCHVISION, known_names
+
+    if what == "defences":
+        return {n: (c.__doc__ or "").strip().split("\n")[0] for n, c in DEFENCES.items()}
+    if what == "batteries":
+        return {n: f"v{b.version}, {len(b.attacks)} attacks: {b.summary}" for n, b in BATTERIES.items()}
+    if what == "attacks":
+        attacks = {a.name: a.tuning for b in BATTERIES.values() for a in b.attacks}
+        return {n: f"{t.initialise}, trains {t.train}, {t.optimiser} lr {t.lr:g}" for n, t in attacks.items()}
+    if what == "domains":
+        local = {n: "built in" if n == "digits" else "in HOLDFAST_DATA" for n in known_names()}
+        remote = {n: f"torchvision {c}, downloaded" for n, (c, _) in TORCHVISION.items()}
+        forms = {"PATH": "class folders or Parquet", "hf:NAME": "Hugging Face datasets"}
+        return {**remote, **local, **forms}
+    if what == "recipes":
+        return {n: _describe(p) for n, p in list_recipes().items()}
+    import timm
+
+    return {
+        "small_conv": "four convolutions, for work on a CPU",
+        "module:factory": "your own: factory(classes) -> nn.Module",
+        **dict.fromkeys(timm.list_models(), "timm"),
+    }
+
+
+def _describe(path: Path) -> str:
+    import yaml
+
+    raw = yaml.safe_load(path.read_text())
+    return str(raw.get("description", "")).strip().split("\n")[0]
+
+
+def _headlines(summary: dict[str, Any], out: Path) -> None:
+    """The path of the report and its three headline figures."""
+    from holdfast.report.words import percent, ratio
+
+    restricted, intact = summary["restricted"], summary["intactness"]
+    worst, lead = restricted["worst_case"], restricted["attacks"][0]
+    failing = [c["name"] for c in summary["checks"] if not c["passed"]]
+    kept = f"{intact['ratio']:.3f} ({percent(intact['before'])} → {percent(intact['after'])})" if intact else "not measured"
+    lines = [
+        "",
+        f"verdict      {summary['verdict']}" + (f"   (checks that fail: {', '.join(failing)})" if failing else ""),
+        f"intactness   {kept}",
+        f"worst case   protected {percent(worst['protected']['final'])}, clean {percent(worst['clean']['final'])}, "
+        f"from scratch {percent(worst['scratch']['final'])}   under {restricted['worst']}",
+        f"cost ratio   {ratio(lead['cost_ratio'])}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
+        f"report       {(out / 'report.html').resolve()}",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def main() -> None:
+    """Entry point: a `UserError` is one line and exit code 2; an interrupt says how to go on."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{one_line(error)}; what was written before is intact, continue with --resume")
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

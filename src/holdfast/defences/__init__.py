@@ -1,0 +1,1 @@
+"""Defences: each a frozen dataclass of hyper-parameters with `protect`, its mathematics in pure functions."""

@@ -1,0 +1,69 @@
+"""The table of defences. A defence that is not here does not exist for the command line or the contract test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from holdfast.defences.sophon import Sophon
+from holdfast.domains import Domain, ImageData
+from holdfast.errors import unknown
+from holdfast.finetuning import FineTuning
+from holdfast.guard import History, Workplace
+from holdfast.models import Architecture
+from holdfast.runtime import Runtime
+from holdfast.tasks import Task
+
+
+class Defence(Protocol):
+    """A frozen dataclass whose fields are hyper-parameters, all with defaults."""
+
+    def simulates(self, tuning: FineTuning) -> bool:
+        """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
+        ...
+
+    def protect(
+        self,
+        model: nn.Module,
+        original: Domain,
+        restricted: ImageData,
+        *,
+        restricted_classes: int,
+        architecture: Architecture,
+        task: Task,
+        runtime: Runtime,
+        seed: int = 0,
+        identity: str = "",
+        workplace: Workplace | None = None,
+    ) -> History:
+        """Protect `model` in place; see `Sophon.protect`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No defence at all: the negative control. An audit that does not report it as *failed* is broken."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def simulates(self, tuning: FineTuning) -> bool:
+        """It simulates nothing."""
+        return False
+
+    def protect(self, model: nn.Module, original: Domain, restricted: ImageData, **_: Any) -> History:
+        """Leave the model as it is."""
+        return History()
+
+
+DEFENCES: Mapping[str, type[Any]] = MappingProxyType({"sophon": Sophon, "identity": Identity})
+
+
+def defence_class(name: str) -> type[Any]:
+    """The dataclass behind a defence's name; `UserError` lists the valid ones."""
+    if name not in DEFENCES:
+        raise unknown("defence", name, DEFENCES)
+    return DEFENCES[name]

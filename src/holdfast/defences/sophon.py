@@ -1,0 +1,268 @@
+"""SOPHON (Deng et al., IEEE S&P 2024): simulated fine-tuning, suppression, reinforcement. Algorithm 1, Equations 1–14."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from holdfast.domains import Domain, ImageData, holdout
+from holdfast.errors import require, unknown
+from holdfast.finetuning import OPTIMISERS, FineTuning
+from holdfast.guard import Guard, History, Workplace, run_guarded
+from holdfast.metrics import area, evaluation_steps
+from holdfast.models import Architecture
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive, generator, seeded
+from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
+from holdfast.tasks import Task
+from holdfast.training import evaluate, fit, minibatches
+
+
+@dataclass(frozen=True)
+class Sophon:
+    """Hyper-parameters of SOPHON; the defaults are the paper's, named behind each.
+
+    An iteration runs `fts_loops` loops of fine-tuning suppression (each: N simulated adversaries drawn from Φ, K inner
+    steps each, one Adam step at α on the accumulated gradient) and `ntr_loops` steps of normal training reinforcement
+    (Adam at β). Where the paper is silent the value of its published code is taken, and said so.
+    """
+
+    suppression: str = "ice"  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1
+    adversaries: int = 3  # N; paper: one task on each of three GPUs, §5.1.1
+    inner_steps: int = 50  # K; paper: 50
+    inner_initialise: tuple[str, ...] = ("keep", "head")  # paper: entire model, or all but the final layer, §4.1.1
+    inner_lr: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # paper: these
+    inner_batch_size: tuple[int, ...] = (50, 100, 150, 200, 250)  # paper: these
+    inner_optimiser: tuple[str, ...] = ("adam",)  # paper: Adam
+    gamma: str = "uniform"  # γ; paper: not stated; published code: uniform
+    held_out_fraction: float = 0.2  # |T|/(|R|+|T|); paper: not stated; published code: 20 of 150, 0.13
+    fts_loops: int = 1  # ℓ_FTS; paper: 1
+    ntr_loops: int = 1  # ℓ_NTR; paper: 1
+    iterations: int = 800  # Iter; paper: 800
+    alpha: float = 3e-4  # α; paper: 3e-4
+    beta: float = 5e-4  # β; paper: 5e-4
+    ntr_batch_size: int = 200  # paper: not stated
+    clip: float | None = 0.5  # L2 norm of the suppression gradient; paper: not stated; published code: 0.5
+    tolerance: float = 0.03  # λ of Eq. 1 as a share of the original metric; paper: 99.6 → 96.2 … 97.8 %, 0.034 … 0.018
+    check_every: int = 10  # iterations between checks of intactness; paper: not stated
+    probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in (
+            "adversaries",
+            "inner_steps",
+            "fts_loops",
+            "ntr_loops",
+            "iterations",
+            "ntr_batch_size",
+            "check_every",
+            "probe_steps",
+        ):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
+        for name in ("alpha", "beta"):
+            require(0 < getattr(self, name) <= 1, f"{name} must lie in (0, 1], but got {getattr(self, name)}")
+        for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
+            require(bool(getattr(self, name)), f"{name} must not be empty")
+        for value in self.inner_initialise:
+            require(value in ("keep", "head"), f"inner_initialise holds '{value}'; valid: keep, head")
+        for optimiser in self.inner_optimiser:
+            if optimiser not in OPTIMISERS:
+                raise unknown("optimiser", optimiser, OPTIMISERS)
+        require(all(0 < lr <= 10 for lr in self.inner_lr), f"inner_lr must lie in (0, 10], but got {self.inner_lr}")
+        require(min(self.inner_batch_size) >= 2, f"inner_batch_size must be at least 2, got {self.inner_batch_size}")
+        require(self.gamma in GAMMAS, f"gamma must be one of {', '.join(GAMMAS)}, but got '{self.gamma}'")
+        require(0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}")
+        require(self.clip is None or self.clip > 0, f"clip must be positive or null, but got {self.clip}")
+        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+
+    def draw(self, seed: int, *stream: str | int) -> FineTuning:
+        """One adversary φ ~ Φ: initialisation × learning rate × batch size × optimiser, each uniform (§5.1.1)."""
+        rng = generator(seed, "adversary", *stream)
+
+        def pick(values: tuple[Any, ...]) -> Any:
+            return values[int(torch.randint(len(values), (), generator=rng))]
+
+        return FineTuning(
+            initialise=pick(self.inner_initialise),
+            optimiser=pick(self.inner_optimiser),
+            lr=pick(self.inner_lr),
+            weight_decay=0.0,  # paper: not stated; decay only adds a shrinking that is the same for every θ
+            batch_size=pick(self.inner_batch_size),
+            steps=self.inner_steps,
+        )
+
+    def simulates(self, tuning: FineTuning) -> bool:
+        """Whether an attack lies in Φ: initialisation, optimiser and learning rate were all simulated."""
+        return (
+            tuning.train == "all"
+            and tuning.initialise in self.inner_initialise
+            and tuning.optimiser in self.inner_optimiser
+            and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
+        )
+
+    def protect(
+        self,
+        model: nn.Module,
+        original: Domain,
+        restricted: ImageData,
+        *,
+        restricted_classes: int,
+        architecture: Architecture,
+        task: Task,
+        runtime: Runtime,
+        seed: int = 0,
+        identity: str = "",
+        workplace: Workplace | None = None,
+    ) -> History:
+        """Protect `model` in place, and return what happened.
+
+        `original`: training data reinforce, validation data check intactness. `restricted`: the defender's half.
+        The model must have a head for `original`'s classes and lie on the runtime's device. Raises `UserError` for
+        heads and classes that do not agree.
+        """
+        engine = _Engine(self, model, original, restricted, restricted_classes, architecture, task, runtime, seed)
+        return run_guarded(
+            model,
+            {"fts": engine.fts, "ntr": engine.ntr},
+            engine.iterate,
+            iterations=self.iterations,
+            guard=Guard(self.tolerance, self.check_every),
+            original=engine.original_metric,
+            restricted=engine.restricted_metric,
+            identity=identity,
+            workplace=workplace or Workplace(),
+        )
+
+
+class _Engine:
+    """The moving parts of one protection: two Adams on the same parameters, a simulator, the measures."""
+
+    def __init__(
+        self,
+        spec: Sophon,
+        model: nn.Module,
+        original: Domain,
+        restricted: ImageData,
+        restricted_classes: int,
+        architecture: Architecture,
+        task: Task,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        architecture.head(model, len(original.classes))  # head and classes must agree before any work begins
+        if "keep" in spec.inner_initialise:
+            require(
+                restricted_classes == len(original.classes),
+                f"head and classes do not agree: an adversary that keeps the head needs as many restricted classes as "
+                f"original ones, but there are {restricted_classes} and {len(original.classes)}; "
+                "set inner_initialise to [head]",
+            )
+        self.spec, self.model, self.original, self.restricted = spec, model, original, restricted
+        self.task, self.runtime, self.seed = task, runtime, seed
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        self.fts = torch.optim.Adam(model.parameters(), spec.alpha, foreach=True)
+        self.ntr = torch.optim.Adam(model.parameters(), spec.beta, foreach=True)
+        learner = runtime.place(architecture.build(restricted_classes))
+        self.simulator = Simulator(
+            learner, architecture, restricted_classes, restricted, task, runtime, spec.held_out_fraction
+        )
+        self.suppression = task.suppression(spec.suppression)
+        self.gammas = step_weights(spec.gamma, spec.inner_steps)
+
+    def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
+        """Lines 3–21 of Algorithm 1. `strength` scales α (the guard lowers it after a breach)."""
+        suppressed = [self.suppress(iteration, loop, strength) for loop in range(self.spec.fts_loops)]
+        return {"fts": suppressed[-1], "ntr": self.reinforce(iteration)}
+
+    def suppress(self, iteration: int, loop: int, strength: float) -> float:
+        """One FTS loop: N adversaries, one Adam step; returns L_FTS (Eq. 4), NaN where no adversary gave a gradient."""
+        accumulator = Accumulator()
+        losses = []
+        for n in range(self.spec.adversaries):
+            tuning = self.spec.draw(self.seed, iteration, loop, n)
+            seed = derive(self.seed, "simulation", iteration, loop, n)
+            done = self.simulator.simulate(
+                self.model.state_dict(),
+                tuning,
+                self.gammas,
+                self.suppression,
+                accumulator,
+                1 / self.spec.adversaries,
+                seed,
+            )
+            losses.append(done.suppression)
+        finite = [v for v in losses if math.isfinite(v)]
+        if not finite or not accumulator.finite():
+            return math.nan
+        accumulator.apply(self.model)
+        if self.spec.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+        for group in self.fts.param_groups:
+            group["lr"] = self.spec.alpha * strength
+        self.fts.step()
+        self.fts.zero_grad(set_to_none=True)
+        return sum(finite) / len(finite)
+
+    def reinforce(self, iteration: int) -> float:
+        """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
+        count = self.spec.ntr_loops
+        batches = minibatches(
+            self.original.train,
+            self.spec.ntr_batch_size,
+            iteration * count,
+            derive(self.seed, "reinforce"),
+            self.runtime,
+            first_step=(iteration - 1) * count,
+        )
+        with seeded(self.seed, "reinforce", iteration):
+            return fit(self.model, batches, self.task.loss, self.ntr, runtime=self.runtime).loss
+
+    def original_metric(self) -> float:
+        """The original metric on validation data."""
+        return evaluate(self.model, self.original.validation, self.task, self.runtime)[0]
+
+    def restricted_metric(self) -> float:
+        """What the better of two fixed adversaries reaches along the way, on a part of the defender's half that it
+        does not train on: Adam at 1e-3, head kept or re-initialised. The defender's own data only."""
+        return max(self.probe(initialise) for initialise in self.spec.inner_initialise)
+
+    def probe(self, initialise: str) -> float:
+        """Fine-tune a copy for `probe_steps` and average its metric over evaluations along the way."""
+        spec, simulator = self.spec, self.simulator
+        adapt, held_out = holdout(self.restricted, 0.3, generator(self.seed, "probe"))
+        steps = evaluation_steps(spec.probe_steps, 5)
+        tuning = FineTuning(
+            initialise=initialise,  # type: ignore[arg-type]
+            optimiser="adam",
+            lr=1e-3,
+            weight_decay=0.0,
+            batch_size=max(spec.inner_batch_size),
+            steps=spec.probe_steps,
+        )
+        learner, classes = simulator.learner, simulator.classes
+        seed = derive(self.seed, "probe", initialise)
+        tuning.initialise_from(learner, self.model.state_dict(), simulator.architecture, classes, seed)
+        values = [0.0]
+
+        def after_step(step: int, _: float) -> None:
+            if step in steps:
+                values.append(evaluate(learner, held_out, self.task, self.runtime)[0])
+
+        tuning.run(
+            learner,
+            adapt,
+            self.task,
+            simulator.architecture,
+            classes,
+            runtime=self.runtime,
+            seed=seed,
+            after_step=after_step,
+        )
+        return area(values)

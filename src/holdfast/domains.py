@@ -1,0 +1,259 @@
+"""A domain: a named task with training, validation and test images, decoded once and held as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.errors import UserError, one_line, require
+from holdfast.preprocessing import Preprocessing
+from holdfast.runtime import Runtime
+from holdfast.seeding import generator
+from holdfast.sources import Labels, Source, Split, open_source
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images uint8 (n, c, h, w) and labels int64 (n,), with the normalisation that the model wants."""
+
+    images: Tensor
+    labels: Tensor
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> ImageData:
+        """The samples at `indices` (int64), in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def batch(self, indices: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
+        """Normalised float32 images (b, c, h, w) and labels (b,) on the runtime's device."""
+        where = indices.to(self.images.device)
+        images = self.preprocessing.normalise(self.images[where].to(runtime.device))
+        return runtime.images(images), self.labels[where].to(runtime.device)
+
+    def to(self, runtime: Runtime) -> ImageData:
+        """Move to the device once, so that no batch has to."""
+        return replace(self, images=self.images.to(runtime.device), labels=self.labels.to(runtime.device))
+
+    def digests(self) -> list[bytes]:
+        """A hash of every image's pixels."""
+        flat = self.images.reshape(len(self), -1).cpu().numpy()
+        return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in flat]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Training, validation and test data over the same classes (labels 0 … C−1)."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageData
+    validation: ImageData
+    test: ImageData
+    dropped: int = 0  # training images whose pixels occur a second time in the domain
+
+    def halves(self, seed: int, adversary: int | None = None) -> tuple[ImageData, ImageData]:
+        """The defender's and the adversary's halves of the training data (SOPHON, §5.1.4).
+
+        Disjoint by construction: each class is shuffled and cut once. `adversary` caps the adversary's images (in
+        all, spread over the classes); the defender's half does not grow by what the adversary is denied.
+        """
+        order = {c: _shuffled(self.train.labels, c, seed) for c in range(len(self.classes))}
+        first = [o[: (len(o) + 1) // 2] for o in order.values()]
+        second = [o[(len(o) + 1) // 2 :] for o in order.values()]
+        if adversary is not None:
+            require(
+                len(self.classes) <= adversary <= sum(map(len, second)),
+                f"{self.name}: the adversary's images must number between {len(self.classes)} (one a class) and "
+                f"{sum(map(len, second))} (half of the training data), but got {adversary}",
+            )
+            second = _take_evenly(second, adversary)
+        require(
+            all(len(s) for s in first + second),
+            f"{self.name}: every class needs at least 2 training images, one for each half",
+        )
+        return self.train.subset(torch.cat(first)), self.train.subset(torch.cat(second))
+
+    def to(self, runtime: Runtime) -> Domain:
+        """All splits on the runtime's device."""
+        moved = {n: getattr(self, n).to(runtime) for n in ("train", "validation", "test")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """How to make a domain: `data` is a source with an optional selection of classes, such as `cifar10[0-4]`,
+    `pets/[cat,dog]`, `hf:cifar100`; see `holdfast.sources.open_source`.
+
+    `per_class` / `test_per_class`: at most so many training (validation included) and test images a class.
+    `validation_fraction`, `test_fraction`: what is split off the training data, stratified, where the source has no
+    such split. `adversary`: how many images the adversary has (restricted domain only; default: a half).
+    """
+
+    data: str
+    per_class: int | None = None
+    test_per_class: int | None = None
+    validation_fraction: float = 0.15
+    test_fraction: float = 0.25
+    adversary: int | None = None
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "test_per_class", "adversary"):
+            value = getattr(self, name)
+            require(value is None or value >= 2, f"{name} must be at least 2, but got {value}")
+        for name in ("validation_fraction", "test_fraction"):
+            value = getattr(self, name)
+            require(0 < value < 0.9, f"{name} must lie in (0, 0.9), but got {value}")
+
+
+def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int = 0) -> Domain:
+    """Decode a domain. Which images are taken depends on `seed` and the spec alone.
+
+    Raises `UserError` for data that is missing, truncated, corrupt, unlabelled or of one class.
+    """
+    spec = DomainSpec(spec) if isinstance(spec, str) else spec
+    name, selection = parse_selection(spec.data)
+    source = open_source(name)
+    chosen = select_classes(source.classes, selection)
+    require(
+        len(chosen) >= 2,
+        f"'{spec.data}' has one class ({source.classes[chosen[0]]}); classification needs at least 2",
+    )
+    train = _pick(source.train, chosen, None, source, seed, "train")
+    test, validation = source.test, source.validation
+    held: dict[str, dict[int, Labels]] = {}
+    if test is None:
+        train, held["test"] = _split_off(train, spec.test_fraction)
+    else:
+        held["test"] = _pick(test, chosen, None, source, seed, "test")
+    train = {c: t[: spec.per_class] for c, t in train.items()}
+    if validation is None:
+        train, held["validation"] = _split_off(train, spec.validation_fraction)
+    else:
+        held["validation"] = _pick(validation, chosen, spec.test_per_class, source, seed, "validation")
+    held["test"] = {c: t[: spec.test_per_class] for c, t in held["test"].items()}
+    data = {
+        "train": _decode(source.train, train, chosen, preprocessing),
+        "validation": _decode(validation or source.train, held["validation"], chosen, preprocessing),
+        "test": _decode(test or source.train, held["test"], chosen, preprocessing),
+    }
+    kept, dropped = _without_duplicates(data["train"], (data["validation"], data["test"]))
+    return Domain(
+        spec.data, tuple(source.classes[c] for c in chosen), kept, data["validation"], data["test"], dropped
+    )
+
+
+def parse_selection(text: str) -> tuple[str, str | None]:
+    """`"cifar10[0-4]"` → `("cifar10", "0-4")`."""
+    match = re.fullmatch(r"(?P<name>[^\[\]]+)(\[(?P<selection>[^\[\]]*)\])?", text.strip())
+    if match is None:
+        raise UserError(f"cannot read the domain '{text}'; expected NAME or NAME[CLASSES], such as cifar10[0-4]")
+    return match["name"], match["selection"]
+
+
+def select_classes(classes: tuple[str, ...], selection: str | None) -> list[int]:
+    """Indices for a selection: class names, numbers and ranges, separated by commas; names win over numbers."""
+    if selection is None:
+        return list(range(len(classes)))
+    chosen: list[int] = []
+    for item in (s.strip() for s in selection.split(",")):
+        span = re.fullmatch(r"(\d+)\s*-\s*(\d+)", item)
+        if item in classes:
+            chosen.append(classes.index(item))
+        elif span and int(span[1]) <= int(span[2]) < len(classes):
+            chosen += range(int(span[1]), int(span[2]) + 1)
+        elif item.isdigit() and int(item) < len(classes):
+            chosen.append(int(item))
+        else:
+            some = ", ".join(classes[:12]) + (", …" if len(classes) > 12 else "")
+            raise UserError(f"no class '{item}' among {len(classes)}; valid: 0-{len(classes) - 1}, or {some}")
+    require(len(set(chosen)) == len(chosen), f"class selection '[{selection}]' names a class twice")
+    return chosen
+
+
+def _pick(
+    split: Split, chosen: Iterable[int], most: int | None, source: Source, seed: int, part: str
+) -> dict[int, Labels]:
+    """At most `most` indices of each chosen class, in a seeded order."""
+    picked = {}
+    for c in chosen:
+        where = np.flatnonzero(split.labels == c)
+        require(len(where) > 0, f"{source.name}: class '{source.classes[c]}' has no {part} images")
+        order = torch.randperm(len(where), generator=generator(seed, "pick", source.name, part, c)).numpy()
+        picked[c] = where[order][:most]
+    return picked
+
+
+def _split_off(picked: dict[int, Labels], fraction: float) -> tuple[dict[int, Labels], dict[int, Labels]]:
+    """Cut a stratified part off: at least one image of each class goes, at least one stays."""
+    rest, part = {}, {}
+    for c, where in picked.items():
+        require(len(where) >= 2, f"class {c} has {len(where)} image; at least 2 are needed to split off held-out data")
+        n = min(max(1, round(len(where) * fraction)), len(where) - 1)
+        part[c], rest[c] = where[:n], where[n:]
+    return rest, part
+
+
+def _decode(split: Split, picked: dict[int, Labels], chosen: list[int], preprocessing: Preprocessing) -> ImageData:
+    images, labels = [], []
+    for label, c in enumerate(chosen):
+        for i in picked[c].tolist():
+            try:
+                images.append(preprocessing.fit(split.open(i)))
+            except UserError:
+                raise
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, its own DecompressionBomb …
+                raise UserError(f"cannot decode {split.where(i)}: {one_line(error, 120)}") from error
+            labels.append(label)
+    return ImageData(torch.stack(images), torch.tensor(labels), preprocessing)
+
+
+def _without_duplicates(train: ImageData, held: Iterable[ImageData]) -> tuple[ImageData, int]:
+    """Drop training images whose pixels occur again: in held-out data, or earlier in the training data itself (they
+    would otherwise fall into both halves)."""
+    seen = {d for data in held for d in data.digests()}
+    keep = []
+    for i, digest in enumerate(train.digests()):
+        if digest not in seen:
+            keep.append(i)
+            seen.add(digest)
+    return train.subset(torch.tensor(keep, dtype=torch.int64)), len(train) - len(keep)
+
+
+def _shuffled(labels: Tensor, c: int, seed: int) -> Tensor:
+    where = torch.nonzero(labels == c).flatten().cpu()
+    return where[torch.randperm(len(where), generator=generator(seed, "halves", c))]
+
+
+def _take_evenly(parts: list[Tensor], total: int) -> list[Tensor]:
+    """The first n_c of each part, Σ n_c = total, the n_c as equal as the parts' lengths allow."""
+    counts = [0] * len(parts)
+    while sum(counts) < total:
+        open_parts = [i for i, p in enumerate(parts) if counts[i] < len(p)]
+        smallest = min(open_parts, key=lambda i: counts[i])
+        counts[smallest] += 1
+    return [p[:n] for p, n in zip(parts, counts, strict=True)]
+
+
+def holdout(data: ImageData, fraction: float, rng: torch.Generator) -> tuple[ImageData, ImageData]:
+    """Two disjoint, stratified parts, at random: to adapt on, and `fraction` of each class (at least one image) to
+    evaluate on."""
+    adapt, evaluate = [], []
+    labels = data.labels.cpu()
+    for c in labels.unique().tolist():
+        where = torch.nonzero(labels == c).flatten()
+        where = where[torch.randperm(len(where), generator=rng)]
+        n = min(max(1, round(len(where) * fraction)), len(where) - 1)
+        evaluate.append(where[:n])
+        adapt.append(where[n:])
+    return data.subset(torch.cat(adapt)), data.subset(torch.cat(evaluate))

@@ -1,0 +1,155 @@
+"""Files that are either whole or absent, and output folders that belong to one run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.errors import UserError, one_line, require
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    Raises `UserError` where the disk refuses (full, read-only, quota); the old file then stands.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The one line for a write that the disk refused."""
+    reason = error.strerror or one_line(error)
+    return UserError(f"cannot write {path}: {reason}; what was written before is intact, continue with --resume")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON; `UserError` where the file is missing or is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"file not found: {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {one_line(error)}") from None
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """`torch.save`, atomically. For our own checkpoints only: they are read back with `weights_only=True`."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_torch(path: Path) -> Any:
+    """Read a file of tensors without running any code in it (`weights_only=True`)."""
+    require(path.is_file(), f"file not found: {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader error means the same to the user: this file is no checkpoint
+        raise UserError(
+            f"cannot read {path}: it is truncated, or not a file of plain tensors "
+            f"(expected safetensors, or a state dict that loads with weights_only=True): {one_line(error, 120)}"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hexadecimal digits that name a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`--out DIR` of one run. `claim` makes it ours; every stage keeps its files below it."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "run.json"
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Take the folder for the run that `identity` describes, or refuse it.
+
+        A new or empty folder is taken; one that holds the same run is continued; anything else is left untouched
+        and a `UserError` says whose it is.
+        """
+        mine = fingerprint(identity)
+        if self.manifest.exists():
+            held = read_json(self.manifest)
+            theirs = held.get("fingerprint") if isinstance(held, dict) else None
+            require(
+                theirs == mine,
+                f"{self.path} belongs to another run ({_title(held)}, fingerprint {theirs}; this one is {mine}); "
+                "choose another --out, or run with the recipe and options that made it",
+            )
+            return
+        if self.path.exists():
+            require(self.path.is_dir(), f"--out must be a folder, but {self.path} is a file")
+            others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+            require(
+                not others,
+                f"{self.path} is not empty and holds no run of holdfast (found {', '.join(sorted(others)[:3])}); "
+                "choose a new folder",
+            )
+        write_json(self.manifest, {"schema": 1, "fingerprint": mine, **identity})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against a second process for the length of the block; released even by `kill -9`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.path} is in use by another holdfast process; wait for it or stop it") from None
+            yield
+
+
+def _title(held: Any) -> str:
+    recipe = held.get("recipe", {}) if isinstance(held, dict) else {}
+    return f"'{recipe.get('name', 'unnamed')}'" if isinstance(recipe, dict) else "unnamed"

@@ -1,0 +1,263 @@
+"""The outer loop that every defence shares: intactness, best state, checkpoints, resume, progress, curves.
+
+A defence brings one function that improves the model for one iteration; `run_guarded` does the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.errors import UserError, require
+from holdfast.files import load_torch, save_torch
+from holdfast.models import State, load_state, state_of
+from holdfast.progress import Bar, Reporter
+
+Iterate = Callable[[int, float], Mapping[str, float]]
+Measure = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Constraint on intactness, checked every `every` iterations on original *validation* data.
+
+    The metric may fall by a share `tolerance` of what the unprotected model reaches. On a breach, or a NaN, model and
+    optimisers go back to the last good state and suppression is weakened by `weaken`; each good check strengthens it
+    again by `recover`, up to 1.
+    """
+
+    tolerance: float
+    every: int
+    weaken: float = 0.5
+    recover: float = 1.25
+    weakest: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require(self.every >= 1, f"check_every must be at least 1, but got {self.every}")
+
+
+@dataclass
+class Workplace:
+    """Where a defence keeps its checkpoint and curves, and says how far it is. Without a folder, nothing is kept."""
+
+    folder: Path | None = None
+    resume: bool = False
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
+    save_every_seconds: float = 20.0
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint's path, where one is kept."""
+        return self.folder / "checkpoint.pt" if self.folder else None
+
+
+@dataclass
+class History:
+    """What happened at every check, in order; goes into the bundle and the report."""
+
+    checks: list[dict[str, float]] = field(default_factory=list)
+    rollbacks: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Progress:
+    iteration: int
+    strength: float
+    best_score: float
+    best_iteration: int
+    baseline: float
+    history: History
+
+
+def run_guarded(
+    model: nn.Module,
+    optimisers: Mapping[str, torch.optim.Optimizer],
+    iterate: Iterate,
+    *,
+    iterations: int,
+    guard: Guard,
+    original: Measure,
+    restricted: Measure,
+    identity: str,
+    workplace: Workplace,
+) -> History:
+    """Call `iterate(i, strength)` for i = 1 … `iterations`; leave in `model` the best state within tolerance.
+
+    `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches (lower
+    is better: it selects). The unprotected model is itself a candidate, so the result is never out of tolerance.
+    `iterate` must draw its randomness from i alone: then a run resumed from any checkpoint is the run undisturbed.
+    `identity` names the run in its checkpoint; a checkpoint of another run is refused.
+    """
+    started = time.monotonic()
+    state = _start(model, optimisers, original, restricted, identity, workplace)
+    progress, good, best = state
+    spent = progress.history.seconds
+    floor = progress.baseline * (1 - guard.tolerance)
+    saved = time.monotonic()
+    with workplace.reporter.bar("protect", iterations, progress.iteration) as bar, _curves(workplace) as write:
+        for i in range(progress.iteration + 1, iterations + 1):
+            losses = dict(iterate(i, progress.strength))
+            progress.iteration = i
+            broken = not all(math.isfinite(v) for v in losses.values())
+            if broken or i % guard.every == 0 or i == iterations:
+                good, best = _check(
+                    model, optimisers, guard, floor, original, restricted, losses, broken, progress, good, best
+                )
+                _tell(bar, write, progress.history.checks[-1], losses)
+            bar.update(i)
+            progress.history.seconds = spent + time.monotonic() - started
+            if time.monotonic() - saved > workplace.save_every_seconds or i == iterations:
+                _save(workplace, model, optimisers, progress, good, best, identity)
+                saved = time.monotonic()
+    load_state(model, best)
+    return progress.history
+
+
+Good = dict[str, Any]
+
+
+def _check(
+    model: nn.Module,
+    optimisers: Mapping[str, torch.optim.Optimizer],
+    guard: Guard,
+    floor: float,
+    original: Measure,
+    restricted: Measure,
+    losses: Mapping[str, float],
+    broken: bool,
+    progress: _Progress,
+    good: Good,
+    best: State,
+) -> tuple[Good, State]:
+    """Measure; accept the state or go back. Returns the last good and the best state."""
+    kept = math.nan if broken else original()
+    breach = broken or kept < floor or not all(bool(v.isfinite().all()) for v in model.state_dict().values())
+    entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
+    if breach:
+        _restore(model, optimisers, good)
+        progress.strength = max(guard.weakest, progress.strength * guard.weaken)
+        progress.history.rollbacks += 1
+        entry["rolled_back"] = 1.0
+    else:
+        score = restricted()
+        entry["restricted"] = score
+        good = _snapshot(model, optimisers)
+        progress.strength = min(1.0, progress.strength * guard.recover)
+        if score < progress.best_score:
+            progress.best_score, progress.best_iteration = score, progress.iteration
+            best = state_of(model)
+    progress.history.checks.append({k: v for k, v in entry.items() if math.isfinite(v)})
+    return good, best
+
+
+def _snapshot(model: nn.Module, optimisers: Mapping[str, torch.optim.Optimizer]) -> Good:
+    return {
+        "model": state_of(model),
+        "optimisers": {n: copy.deepcopy(o.state_dict()) for n, o in optimisers.items()},
+    }
+
+
+def _restore(model: nn.Module, optimisers: Mapping[str, torch.optim.Optimizer], good: Good) -> None:
+    load_state(model, good["model"])
+    for name, optimiser in optimisers.items():
+        optimiser.load_state_dict(copy.deepcopy(good["optimisers"][name]))
+
+
+def _start(
+    model: nn.Module,
+    optimisers: Mapping[str, torch.optim.Optimizer],
+    original: Measure,
+    restricted: Measure,
+    identity: str,
+    workplace: Workplace,
+) -> tuple[_Progress, Good, State]:
+    """From the checkpoint where there is one to resume, else from the unprotected model."""
+    path = workplace.checkpoint
+    if path is not None and path.exists() and workplace.resume:
+        saved = load_torch(path)
+        require(
+            isinstance(saved, dict) and saved.get("identity") == identity,
+            f"{path} is the checkpoint of another run (other recipe, weights or data); choose another --out",
+        )
+        _restore(model, optimisers, saved["now"])
+        history = History(saved["checks"], saved["rollbacks"], saved["seconds"])
+        fields = (saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline"))
+        return _Progress(*fields, history), saved["good"], saved["best"]
+    baseline, score = original(), restricted()
+    if not math.isfinite(baseline):
+        raise UserError("the unprotected model's original metric is not a number; check its weights")
+    first = {"iteration": 0.0, "original": baseline, "restricted": score, "strength": 1.0}
+    return _Progress(0, 1.0, score, 0, baseline, History([first])), _snapshot(model, optimisers), state_of(model)
+
+
+def _save(
+    workplace: Workplace,
+    model: nn.Module,
+    optimisers: Mapping[str, torch.optim.Optimizer],
+    progress: _Progress,
+    good: Good,
+    best: State,
+    identity: str,
+) -> None:
+    if workplace.checkpoint is None:
+        return
+    history = progress.history
+    save_torch(
+        workplace.checkpoint,
+        {
+            "identity": identity,
+            "iteration": progress.iteration,
+            "strength": progress.strength,
+            "best_score": progress.best_score,
+            "best_iteration": progress.best_iteration,
+            "baseline": progress.baseline,
+            "checks": history.checks,
+            "rollbacks": history.rollbacks,
+            "seconds": history.seconds,
+            "now": _snapshot(model, optimisers),
+            "good": good,
+            "best": best,
+        },
+    )
+
+
+Write = Callable[[str, float, int], None]
+
+
+@contextmanager
+def _curves(workplace: Workplace) -> Iterator[Write]:
+    """A writer of TensorBoard scalars; without a folder, one that does nothing."""
+    if workplace.folder is None:
+        yield lambda *_: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(workplace.folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    try:
+        yield lambda name, value, step: writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+    finally:
+        writer.close()  # type: ignore[no-untyped-call]
+
+
+def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:
+    """The progress line and the curves after a check."""
+    step = int(check["iteration"])
+    for name, value in check.items():
+        if name != "iteration":
+            write(f"protect/{name}", value, step)
+    parts = [f"{name} {value:.3f}" for name, value in losses.items()]
+    parts += [f"original {check['original']:.3f}"] if "original" in check else []
+    parts += [f"restricted {check['restricted']:.3f}"] if "restricted" in check else []
+    parts += ["rolled back"] if "rolled_back" in check else []
+    bar.update(step, " · ".join(parts))

@@ -1,0 +1,96 @@
+"""Find a classifier's head and its last layers by running it, not by knowing its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import UserError, require
+
+WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
+    """Names of the modules that own parameters themselves and ran on `example`, in the order of their (last) run.
+
+    The model is run once in evaluation mode, without gradients; its buffers and mode are as before.
+    """
+    order: list[str] = []
+
+    def note(name: str) -> None:
+        if name in order:
+            order.remove(name)
+        order.append(name)
+
+    owners = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_hook(lambda *_, name=n: note(name)) for n, m in owners]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(example)
+    except Exception as error:  # whatever a user's model raises on its own input shape
+        raise UserError(
+            f"the model does not run on an input of shape {tuple(example.shape)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return order
+
+
+def find_head(model: nn.Module, classes: int, example: Tensor) -> list[str]:
+    """Names of the module(s) that make the logits.
+
+    The last linear layer or convolution that ran; where timm's `get_classifier` names several (a distilled ViT has
+    two), all of them. Raises `UserError` where it does not have `classes` outputs.
+    """
+    names = {id(m): n for n, m in model.named_modules()}
+    heads = [names[id(m)] for m in _declared_heads(model) if id(m) in names]
+    if len(heads) < 2:
+        ran = [n for n in executed_layers(model, example) if isinstance(model.get_submodule(n), WEIGHT_LAYERS)]
+        require(bool(ran), "no head found: the model has no linear layer or convolution")
+        heads = ran[-1:]
+    for name in heads:
+        outputs = model.get_submodule(name).weight.shape[0]
+        require(
+            outputs == classes,
+            f"head and classes do not agree: the model's last layer '{name}' has {outputs} outputs, "
+            f"but the domain has {classes} classes",
+        )
+    return heads
+
+
+def _declared_heads(model: nn.Module) -> Iterator[nn.Module]:
+    get = getattr(model, "get_classifier", None)
+    found = get() if callable(get) else ()
+    for module in found if isinstance(found, tuple | list | nn.ModuleList) else (found,):
+        if isinstance(module, WEIGHT_LAYERS):
+            yield module
+
+
+def last_layers(model: nn.Module, k: int, example: Tensor) -> list[str]:
+    """Names of the last `k` weight layers (head included), and of the normalisations and the like that ran after the
+    first of them."""
+    order = executed_layers(model, example)
+    weights = [i for i, n in enumerate(order) if isinstance(model.get_submodule(n), WEIGHT_LAYERS)]
+    require(1 <= k <= len(weights), f"last-k needs k in [1, {len(weights)}] for this model, but got {k}")
+    return order[weights[-k] :]
+
+
+def initialise_head(layer: nn.Module, rng: torch.Generator) -> None:
+    """Xavier-uniform weight and zero bias, as SOPHON's published code re-initialises it; same draw on any device."""
+    weight, bias = layer.weight, layer.bias
+    if not isinstance(weight, Tensor):
+        raise UserError(f"cannot initialise {type(layer).__name__}: it has no weight")
+    with torch.no_grad():
+        fresh = torch.empty(weight.shape, dtype=torch.float32)
+        nn.init.xavier_uniform_(fresh.flatten(1), generator=rng)
+        weight.copy_(fresh)
+        if isinstance(bias, Tensor):
+            bias.zero_()

@@ -1,0 +1,91 @@
+"""Progress for people: a live line on a terminal, plain lines in a log. What, how far, how long still."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Where progress goes. `Reporter(quiet=True)` says nothing."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def bar(self, what: str, total: int, done: int = 0) -> Bar:
+        """A bar to be used as a context; `advance` it as work is done."""
+        return Bar(self.console, what, total, done)
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere a line whenever `every` seconds have gone by since the last."""
+
+    def __init__(self, console: Console, what: str, total: int, done: int, every: float = 10.0) -> None:
+        self.console, self.what, self.total, self.first, self.done = console, what, total, done, done
+        self.every, self.note = every, ""
+        self.started = self.printed = time.monotonic()
+        self.live: Progress | None = None
+
+    def __enter__(self) -> Bar:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            last = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.live = Progress(*columns, *last, console=self.console)
+            self.live.start()
+            self.task = self.live.add_task(self.what, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+        elif self.done > self.first:
+            self._print()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """`done` of `total` are done; `note` is what to know about it."""
+        self.done = done
+        if note is not None:
+            self.note = note
+        if self.live is not None:
+            self.live.update(self.task, completed=done, note=self.note)
+        elif time.monotonic() - self.printed >= self.every:
+            self._print()
+
+    def advance(self, note: str | None = None) -> None:
+        """One more is done."""
+        self.update(self.done + 1, note)
+
+    def seconds_left(self) -> float | None:
+        """Estimated from this run's own pace; None before the first step."""
+        fresh = self.done - self.first
+        if fresh <= 0:
+            return None
+        return (time.monotonic() - self.started) / fresh * (self.total - self.done)
+
+    def _print(self) -> None:
+        self.printed = time.monotonic()
+        left = self.seconds_left()
+        time_left = f", {duration(left)} left" if left else ""
+        note = f" · {self.note}" if self.note else ""
+        self.console.print(f"{self.what}: {self.done}/{self.total}{time_left}{note}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1 min 15 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,203 @@
+"""Recipes: one YAML file a run, validated into frozen dataclasses before any work begins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from holdfast.audit import AuditSpec
+from holdfast.defences.registry import DEFENCES, Defence, defence_class
+from holdfast.defences.sophon import Sophon
+from holdfast.domains import DomainSpec
+from holdfast.errors import UserError, require, unknown
+from holdfast.finetuning import FineTuning
+from holdfast.models import Architecture
+
+PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", batch_size=64, steps=1000)
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `jobs`: audit processes (default: one a core)."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    jobs: int | None = None
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        require(self.precision in ("auto", "float32", "bf16"), f"precision: '{self.precision}' is not auto, float32, bf16")
+        require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, but got {self.jobs}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `weights`: a file or bundle folder to start from, `timm` for timm's published weights, or None to
+    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it."""
+
+    original: DomainSpec
+    restricted: DomainSpec
+    name: str = "run"
+    description: str = ""
+    seed: int = 0
+    model: Architecture = field(default_factory=Architecture)
+    weights: str | None = None
+    pretrain: FineTuning = PRETRAIN
+    defence: Any = field(default_factory=Sophon)
+    audit: AuditSpec = field(default_factory=AuditSpec)
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON; `load` of it gives the same recipe."""
+        value = asdict(replace(self, model=replace(self.model, factory=None)))
+        value["model"].pop("factory")
+        value["defence"] = {"name": self.defence_name, **asdict(self.defence)}
+        return value
+
+    @property
+    def defence_name(self) -> str:
+        """The defence's name in the table."""
+        return next(n for n, c in DEFENCES.items() if isinstance(self.defence, c))
+
+    @property
+    def defence_object(self) -> Defence:
+        """The defence, typed."""
+        found: Defence = self.defence
+        return found
+
+
+def load_recipe(source: str | Path, preset: str | None = None, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path, or by name (`sophon/mnist-usps`), lay a preset and `key=value` changes over it, validate.
+
+    Raises `UserError`: one line with the key at fault.
+    """
+    path = find_recipe(source)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    require(isinstance(raw, dict), f"{path} is no recipe: expected a mapping of keys, such as 'original: digits[0-4]'")
+    return parse_recipe(raw, preset, changes, path.name)
+
+
+def parse_recipe(
+    raw: Mapping[str, Any], preset: str | None = None, changes: Sequence[str] = (), where: str = "recipe"
+) -> Recipe:
+    """Validate a mapping; see `load_recipe`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    merged = apply_changes(choose_preset(raw, preset, where), changes)
+    for key in ("original", "restricted"):
+        if isinstance(merged.get(key), str):
+            merged[key] = {"data": merged[key]}
+    defence = merged.pop("defence", {"name": "sophon"})
+    defence = {"name": defence} if isinstance(defence, str) else dict(defence or {})
+    cls = defence_class(str(defence.pop("name", "sophon")))
+    try:
+        built = TypeAdapter(cls).validate_python(defence)
+    except ValidationError as error:
+        raise _explain(error, where, "defence") from None
+    if isinstance(merged.get("pretrain"), Mapping):
+        merged["pretrain"] = {**asdict(PRETRAIN), **merged["pretrain"]}
+    try:
+        recipe: Recipe = TypeAdapter(Recipe).validate_python({**merged, "defence": built})
+    except ValidationError as error:
+        raise _explain(error, where) from None
+    return recipe
+
+
+def choose_preset(raw: Mapping[str, Any], preset: str | None, where: str = "recipe") -> dict[str, Any]:
+    """The recipe with one of its `presets` laid over it: `preset`, else the recipe's own `preset`."""
+    merged = copy.deepcopy(dict(raw))
+    presets = merged.pop("presets", None) or {}
+    default = merged.pop("preset", None)
+    name = preset or default
+    if name is None:
+        return merged
+    if not isinstance(presets, Mapping) or name not in presets:
+        raise unknown(f"preset of {where}", name, presets or ["(none)"])
+    return overlay(merged, presets[name] or {})
+
+
+def overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`, mapping by mapping."""
+    for key, value in top.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            base[key] = overlay(base[key], value)
+        else:
+            base[key] = copy.deepcopy(value)
+    return base
+
+
+def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Apply `section.key=value`; the value is read as YAML."""
+    for change in changes:
+        key, sign, text = change.partition("=")
+        require(bool(sign and key.strip()), f"--set expects key=value, such as audit.seeds=5, but got '{change}'")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: '{text}' is not a YAML value") from None
+        target = raw
+        *sections, last = key.strip().split(".")
+        for section in sections:
+            inner = target.setdefault(section, {})
+            if isinstance(inner, str) and section in ("original", "restricted"):
+                inner = target[section] = {"data": inner}
+            if isinstance(inner, str) and section == "defence":
+                inner = target[section] = {"name": inner}
+            require(isinstance(inner, dict), f"--set {key}: '{section}' is a value, not a section")
+            target = inner
+        target[last] = value
+    return raw
+
+
+def _explain(error: Any, where: str, prefix: str = "") -> UserError:
+    """pydantic's first complaint as one line: the key, what was expected, what came."""
+    first = error.errors()[0]
+    key = ".".join([prefix, *(str(p) for p in first["loc"])]).strip(".")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return UserError(f"{where}: unknown key '{key}'{more}; see docs/recipes.md for the valid keys")
+    if first["type"] in ("missing", "missing_argument"):
+        return UserError(f"{where}: '{key}' is missing{more}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    shown = "" if first["type"] == "value_error" else f", but got {first['input']!r}"
+    return UserError(f"{where}: {key or 'recipe'}: {message}{shown}{more}")
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes by name are looked for: the working folder's, the source tree's, the installed package's."""
+    here = Path(__file__).resolve()
+    folders = (Path("recipes"), here.parents[2] / "recipes", here.parent / "_recipes")
+    return [f for f in folders if f.is_dir()]
+
+
+def list_recipes() -> dict[str, Path]:
+    """Name → path of every recipe that ships."""
+    found: dict[str, Path] = {}
+    for folder in recipe_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            found.setdefault(str(path.relative_to(folder).with_suffix("")), path.resolve())
+    return found
+
+
+def find_recipe(source: str | Path) -> Path:
+    """A path that exists, or a shipped recipe's name; `UserError` otherwise."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    shipped = list_recipes()
+    name = str(source).removeprefix("recipes/").removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"recipe not found: {source}; expected a YAML file, or one of: {', '.join(sorted(shipped))}")

@@ -1,0 +1,141 @@
+"""Records: one JSON line for every evaluation, append-only, resumable cell by cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import UserError, one_line, require
+from holdfast.files import cannot_write, write_atomic
+from holdfast.runtime import Runtime, hardware
+
+VERSIONED = ("holdfast", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation of one model on its way through one attack.
+
+    `value` is the metric on `split` (in [0, 1]) after `step` optimiser steps and `samples` training samples; `loss`
+    the mean training loss there (None where it was not finite). `seconds`: time spent on this cell so far.
+    `last_step`: the cell's final step, which tells a whole cell from a torn one. `provenance` names an entry of
+    `provenance.json`.
+    """
+
+    model: str
+    attack: str
+    seed: int
+    step: int
+    last_step: int
+    split: str
+    metric: str
+    value: float
+    loss: float | None
+    samples: int
+    seconds: float
+    simulated: bool
+    diverged: bool
+    provenance: str
+
+
+Cell = tuple[str, str, int]
+
+
+class RecordFile:
+    """`records.jsonl`. Cells are appended whole; after a crash, what is torn is dropped and done again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Record]:
+        """All records in the file. A torn last line is passed over; anything else that is no record is an error."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        torn = lines.pop()  # empty where the last line is whole
+        del torn
+        return [self._parse(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+    def _parse(self, line: bytes, number: int) -> Record:
+        try:
+            return Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.path}, line {number}: not a record of this version: {one_line(error)}") from None
+
+    def recover(self) -> set[Cell]:
+        """Drop torn lines and cells, rewriting the file only where there are any; return the cells that are whole."""
+        records = self.read()
+        whole = {(r.model, r.attack, r.seed) for r in records if r.step == r.last_step and r.split == "test"}
+        kept = [r for r in records if (r.model, r.attack, r.seed) in whole]
+        text = "".join(_line(r) for r in kept)
+        if self.path.exists() and self.path.read_text(errors="replace") != text:
+            write_atomic(self.path, text)
+        return whole
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add a cell's records and wait for the disk."""
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(_line(r) for r in records))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record), allow_nan=False) + "\n"
+
+
+def field_names() -> list[str]:
+    """Names of a record's fields, in order."""
+    return [f.name for f in fields(Record)]
+
+
+def provenance(runtime: Runtime, extra: dict[str, Any]) -> dict[str, Any]:
+    """Versions, source revision and hardware, with `extra` (seeds, hashes of weights and data …)."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONED},
+        "revision": source_revision(),
+        "hardware": hardware(runtime),
+        **extra,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def source_revision() -> str:
+    """Commit of the source tree that this package runs from, `+` where it has changes; `release` elsewhere."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return "release"
+    try:
+        run = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def curves(records: Iterable[Record], model: str, attack: str, split: str) -> tuple[list[int], list[int], Any]:
+    """Steps (S,), seeds (R,) and values (R, S) of one model under one attack."""
+    chosen = [r for r in records if (r.model, r.attack, r.split) == (model, attack, split)]
+    steps, seeds = sorted({r.step for r in chosen}), sorted({r.seed for r in chosen})
+    table = {(r.seed, r.step): r.value for r in chosen}
+    require(
+        len(table) == len(steps) * len(seeds),
+        f"records of {model} under {attack} are incomplete: {len(table)} of {len(steps) * len(seeds)}",
+    )
+    return steps, seeds, [[table[s, k] for k in steps] for s in seeds]

@@ -1,0 +1,1 @@
+"""The report: it only reads what the run has recorded."""

@@ -1,0 +1,120 @@
+"""Read a run's folder, write its report: `summary.json`, `report.md`, `report.html`, `figures/*.png`."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from holdfast.errors import UserError, require
+from holdfast.files import read_json, write_atomic, write_json
+from holdfast.records import Record, RecordFile
+from holdfast.report import figures
+from holdfast.report.words import conclusion, percent, ratio, signed_points
+from holdfast.summary import measured, summarise
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write everything and return the summary. Raises `UserError` where the folder holds no finished audit."""
+    records = RecordFile(folder / "records.jsonl").read()
+    if not records:
+        raise UserError(f"{folder} holds no audit (no records.jsonl); run `holdfast audit` or `holdfast run` first")
+    facts = _facts(folder, records)
+    summary = summarise(records, facts["provenance"]["restricted"]["chance"], facts["cost"])
+    pictures = _draw(folder, summary, facts)
+    context = _context(folder, records, summary, facts, pictures)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("holdfast.report", "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, ratio=ratio, signed_points=signed_points)
+    write_json(folder / "summary.json", summary)
+    for name in ("report.md", "report.html"):
+        write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context))
+    return summary
+
+
+def _facts(folder: Path, records: list[Record]) -> dict[str, Any]:
+    """What the folder knows beside its records."""
+    manifest = read_json(folder / "run.json")
+    known = read_json(folder / "provenance.json")
+    require(records[-1].provenance in known, f"{folder / 'provenance.json'} does not know these records")
+    history = folder / "protection" / "history.json"
+    protection = read_json(history) if history.exists() else None
+    audit = folder / "audit.json"
+    memory = [m["peak_memory_mb"] for m in (protection, read_json(audit) if audit.exists() else None) if m]
+    cost = {
+        "protect_seconds": round(protection["seconds"], 3) if protection else None,
+        "audit_seconds": round(_cell_seconds(records), 3),
+        "peak_memory_mb": round(max(memory), 1) if memory else None,
+    }
+    return {
+        "manifest": manifest,
+        "provenance": known[records[-1].provenance],
+        "protection": protection,
+        "cost": cost,
+    }
+
+
+def _cell_seconds(records: list[Record]) -> float:
+    """Processor time of all cells. A from-scratch run that serves several attacks stands in the records several
+    times, with the same seconds: it counts once."""
+    ends: dict[tuple[str, int, str], float] = {}
+    for r in records:
+        if r.step == r.last_step and r.split == "test":
+            ends[r.model, r.seed, r.attack if r.model != "scratch" else str(r.seconds)] = r.seconds
+    return sum(ends.values())
+
+
+def _draw(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> dict[str, Path]:
+    restricted = summary["restricted"]
+    chance, metric = restricted["chance"], restricted["metric"]
+    drawn = {"curves": figures.all_curves(restricted["attacks"], chance, metric)}
+    for attack in restricted["attacks"]:
+        drawn[f"attack-{figures.slug(attack['name'])}"] = figures.learning_curves(attack, chance, metric)
+    protection = facts["protection"]
+    if protection and protection["checks"]:
+        tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
+        before = protection["checks"][0].get("original")
+        floor = before * (1 - tolerance) if tolerance is not None and before is not None else None
+        drawn["protection"] = figures.protection_curves(protection["checks"], floor)
+    paths = {}
+    for name, data in drawn.items():
+        paths[name] = folder / "figures" / f"{name}.png"
+        write_atomic(paths[name], data)
+    return paths
+
+
+def _context(
+    folder: Path, records: list[Record], summary: dict[str, Any], facts: dict[str, Any], pictures: dict[str, Path]
+) -> dict[str, Any]:
+    rows = []
+    by_name = {m.name: m for m in measured(records)}
+    for attack in summary["restricted"]["attacks"]:
+        found = by_name[attack["name"]]
+        rows.append(
+            {
+                "attack": attack,
+                "picture": f"attack-{figures.slug(attack['name'])}",
+                "seeds": len(found.protected),
+                "models": [(m, attack[m], attack["deviation"][m]) for m in ("scratch", "clean", "protected")],
+            }
+        )
+    return {
+        "summary": summary,
+        "rows": rows,
+        "table_steps": summary["restricted"]["attacks"][0]["steps"],
+        "conclusion": conclusion(summary),
+        "recipe": facts["manifest"]["recipe"],
+        "fingerprint": facts["manifest"]["fingerprint"],
+        "provenance": facts["provenance"],
+        "protection": facts["protection"],
+        "failing": [c for c in summary["checks"] if not c["passed"]],
+        "pictures": {n: base64.b64encode(p.read_bytes()).decode() for n, p in pictures.items()},
+        "folder": folder.name,
+    }

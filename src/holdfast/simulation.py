@@ -1,0 +1,183 @@
+"""Simulated fine-tuning: the gradient of the suppression loss along an adversary's path, in memory constant in K.
+
+SOPHON, Algorithm 1, lines 5–13, first-order (§4.1.2). With ϑ⁰ = θ and ϑᵏ the adversary's weights after k of its own
+updates on batches of R, the gradient of L_FTS = Σ_k γ_k·L_α(ϑᵏ; T) is approximated by
+
+    g = Σ_k γ_k · ∂L_α(ϑᵏ; T) / ∂ϑᵏ ,
+
+each term evaluated at the adapted weights and applied to θ. So one backward after each inner step, added to one
+accumulator, is all: no graph outlives its step, and the adversary's optimiser may be any of torch's. (An unroll that
+keeps its K graphs gives the same g, except that weight decay inside the inner optimiser scales it by (1 − lr·wd)^K,
+which is an artefact: the derivative ∂ϑᵏ/∂θ is taken to be the identity.)
+
+A parameter that the adversary re-initialised does not depend on θ at all: its term is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.domains import ImageData, holdout
+from holdfast.errors import require
+from holdfast.finetuning import FineTuning
+from holdfast.models import Architecture, State
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive, generator, seeded
+from holdfast.tasks import Loss, Task
+from holdfast.training import Batch, fit, minibatches
+
+GAMMAS = ("uniform", "linear", "last")
+
+
+def step_weights(kind: str, steps: int) -> list[float]:
+    """γ_1 … γ_K, which sum to 1: `uniform` (1/K), `linear` (∝ k), `last` (only the K-th). Equation 4 leaves γ open."""
+    require(kind in GAMMAS, f"gamma must be one of {', '.join(GAMMAS)}, but got '{kind}'")
+    if kind == "uniform":
+        return [1 / steps] * steps
+    if kind == "last":
+        return [0.0] * (steps - 1) + [1.0]
+    return [2 * k / (steps * (steps + 1)) for k in range(1, steps + 1)]
+
+
+@dataclass
+class Accumulator:
+    """Σ of gradients by parameter name, in float32."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], gradients: Sequence[Tensor | None], scale: float) -> None:
+        """Add `scale`·gradient for each name; None counts as zero."""
+        pairs = [(n, g) for n, g in zip(names, gradients, strict=True) if g is not None]
+        for name, gradient in pairs:
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(gradient)
+        torch._foreach_add_([self.sums[n] for n, _ in pairs], [g for _, g in pairs], alpha=scale)
+
+    def finite(self) -> bool:
+        """Whether every entry is finite."""
+        return all(bool(s.isfinite().all()) for s in self.sums.values())
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the sums the gradients of `model`'s parameters of the same name and shape; the others get none."""
+        for name, parameter in model.named_parameters():
+            found = self.sums.get(name)
+            parameter.grad = None if found is None or found.shape != parameter.shape else found.to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What one simulated adversary did: its strategy, mean suppression loss (γ-weighted), last training loss."""
+
+    tuning: FineTuning
+    suppression: float
+    training: float
+
+
+def accumulate_along_path(
+    learner: nn.Module,
+    tuning: FineTuning,
+    parameters: list[nn.Parameter],
+    adapt: Iterator[Batch],
+    held_out: Iterator[Batch],
+    gammas: Sequence[float],
+    *,
+    loss: Loss,
+    suppression: Loss,
+    accumulator: Accumulator,
+    names: Sequence[str],
+    weight: float,
+    runtime: Runtime,
+    seed: int | None = None,
+) -> tuple[float, float]:
+    """Fine-tune `learner` in place with `fit`; after inner step k add weight·γ_k·∂L_α/∂ϑᵏ for `names`.
+
+    The suppression loss sees batch statistics, like the adversary's own step: with running statistics a defence
+    could win by making them stale, and lose to anyone who re-estimates them. Returns the γ-weighted suppression loss
+    and the last training loss; NaN where the adversary diverged (its remaining steps then count nothing).
+    """
+    by_name = dict(learner.named_parameters())
+    targets = [by_name[n] for n in names]
+    total = torch.zeros((), device=runtime.device)
+
+    def after_step(step: int, _: float) -> None:
+        inputs, labels = next(held_out)
+        gamma = gammas[step - 1]
+        if gamma == 0:
+            return
+        with runtime.autocast():
+            outputs = learner(inputs)
+        value = suppression(outputs, labels)
+        gradients = torch.autograd.grad(value, targets, allow_unused=True)
+        accumulator.add(names, gradients, weight * gamma)
+        total.add_(value.detach(), alpha=gamma)
+
+    result = fit(
+        learner,
+        adapt,
+        loss,
+        tuning.build_optimiser(parameters),
+        runtime=runtime,
+        set_mode=tuning.set_mode,
+        seed=seed,
+        after_step=after_step,
+    )
+    return (math.nan if result.diverged_at else total.item()), result.loss
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Runs simulated adversaries on the defender's half of the restricted domain.
+
+    `learner` is a model of the same architecture with a head for the restricted classes. It is overwritten by every
+    simulation, so the protected model itself, its batch statistics and its modes are never touched.
+    """
+
+    learner: nn.Module
+    architecture: Architecture
+    classes: int
+    data: ImageData
+    task: Task
+    runtime: Runtime
+    held_out_fraction: float = 0.2
+
+    def simulate(
+        self,
+        state: State,
+        tuning: FineTuning,
+        gammas: Sequence[float],
+        suppression: Loss,
+        accumulator: Accumulator,
+        weight: float,
+        seed: int,
+    ) -> Simulation:
+        """One adversary: draw disjoint R and T, initialise from `state` (θ), run K = `tuning.steps` steps and add
+        weight × g to `accumulator`."""
+        adapt, evaluate = holdout(self.data, self.held_out_fraction, generator(seed, "holdout"))
+        fresh = tuning.initialise_from(self.learner, state, self.architecture, self.classes, derive(seed, "init"))
+        trained = tuning.choose_parameters(self.learner, self.architecture, self.classes)
+        for parameter in self.learner.parameters():
+            parameter.requires_grad_(True)  # frozen weights too have a suppression gradient
+        names = [n for n, _ in self.learner.named_parameters() if n not in fresh]
+        held_size = max(1, round(tuning.batch_size * self.held_out_fraction / (1 - self.held_out_fraction)))
+        with seeded(seed, "simulation"):
+            suppressed, trained_loss = accumulate_along_path(
+                self.learner,
+                tuning,
+                trained,
+                minibatches(adapt, tuning.batch_size, tuning.steps, derive(seed, "adapt"), self.runtime),
+                minibatches(evaluate, held_size, tuning.steps, derive(seed, "evaluate"), self.runtime),
+                gammas,
+                loss=self.task.loss,
+                suppression=suppression,
+                accumulator=accumulator,
+                names=names,
+                weight=weight,
+                runtime=self.runtime,
+                seed=derive(seed, "noise"),
+            )
+        return Simulation(tuning, suppressed, trained_loss)

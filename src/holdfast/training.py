@@ -1,0 +1,120 @@
+"""The one training loop: pre-training, reinforcement, simulation and attack all run on `fit`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.domains import ImageData
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive, generator
+from holdfast.tasks import Loss, Task
+
+Batch = tuple[Tensor, Tensor]
+AfterStep = Callable[[int, float], bool | None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Steps done, the last loss, and the step (from 1) at which the loss was no longer finite, if it ever was not."""
+
+    steps: int
+    loss: float
+    diverged_at: int | None = None
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    optimiser: torch.optim.Optimizer,
+    *,
+    runtime: Runtime,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    clip: float | None = None,
+    seed: int | None = None,
+    first_step: int = 0,
+    set_mode: Callable[[nn.Module], Any] = nn.Module.train,
+    after_step: AfterStep | None = None,
+) -> FitResult:
+    """Forward, backward, update for every batch; `after_step(step, loss)` after each, from step `first_step + 1` on.
+
+    A true value from `after_step` ends the run; so does a loss that is not finite, before it reaches the weights.
+    `clip`: largest L2 norm of the gradient. `set_mode` is called before every step, so a callback may change modes.
+    With `seed`, step s draws from the stream (seed, "step", s): dropout does not depend on where a run was resumed.
+    Works on the model in place.
+    """
+    step, value = first_step, math.nan
+    for step, (inputs, targets) in enumerate(batches, start=first_step + 1):
+        set_mode(model)
+        optimiser.zero_grad(set_to_none=True)
+        if seed is not None:
+            torch.manual_seed(derive(seed, "step", step))
+        with runtime.autocast():
+            outputs = model(inputs)
+        current = loss(outputs, targets)
+        value = current.item()
+        if not math.isfinite(value):
+            return FitResult(step, value, step)
+        current.backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimiser.step()
+        if schedule is not None:
+            schedule.step()
+        if after_step is not None and after_step(step, value):
+            break
+    return FitResult(step, value)
+
+
+def minibatches(
+    data: ImageData, batch_size: int, steps: int, seed: int, runtime: Runtime, first_step: int = 0
+) -> Iterator[Batch]:
+    """Batches number `first_step` … `steps` − 1 of an endless stream: shuffled passes over the data, end to end.
+
+    Every batch is full (`min(batch_size, len(data))`), so no step sees a stray batch of one; batch i is a function of
+    `seed` and i.
+    """
+    count = len(data)
+    size = min(batch_size, count)
+    passes: dict[int, Tensor] = {}
+
+    def order(number: int) -> Tensor:
+        if number not in passes:
+            for old in [n for n in passes if n < number - 1]:
+                del passes[old]
+            passes[number] = torch.randperm(count, generator=generator(seed, "pass", number))
+        return passes[number]
+
+    for step in range(first_step, steps):
+        start, stop = step * size, (step + 1) * size
+        first, last = start // count, (stop - 1) // count
+        parts = [order(n)[max(0, start - n * count) : stop - n * count] for n in range(first, last + 1)]
+        yield data.batch(torch.cat(parts), runtime)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, task: Task, runtime: Runtime, batch_size: int = 500
+) -> tuple[float, float]:
+    """Metric in [0, 1] and mean loss on all of `data`, in evaluation mode; the model's modes are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    right = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for start in range(0, len(data), batch_size):
+        inputs, targets = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
+        with runtime.autocast():
+            outputs = model(inputs)
+        right += task.score(outputs, targets).sum()
+        total += task.loss(outputs, targets).double() * len(targets)
+    for module, mode in modes:
+        module.training = mode
+    return right.item() / len(data), total.item() / len(data)
+
+
