@@ -157,18 +157,16 @@ def plan_cells(
         controls.setdefault(attack.tuning.control(), []).append(attack)
     for seed in range(spec.seeds):
         for attack in attacks:
-            seen = (simulates(attack.tuning),)
+            known = (simulates(attack.tuning),)
             for model in ("protected", "clean"):
-                yield CellWork(model, (attack.name,), seen, seed, attack.tuning, state=states[model], **common)
+                yield CellWork(model, (attack.name,), known, seed, attack.tuning, state=states[model], **common)
         for control, group in controls.items():
             names = tuple(a.name for a in group)
             seen = tuple(simulates(a.tuning) for a in group)
             yield CellWork("scratch", names, seen, seed, control, state={}, **common)
 
 
-def run_audit(
-    cells: Sequence[CellWork], records: RecordFile, reporter: Reporter, jobs: int | None = None
-) -> None:
+def run_audit(cells: Sequence[CellWork], records: RecordFile, reporter: Reporter, jobs: int | None = None) -> None:
     """Run the cells that `records` lacks, one thread a process, `jobs` processes (default: one a core on a CPU; one,
     in this process, on a GPU)."""
     done = records.recover()

@@ -78,7 +78,8 @@ def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundl
     """
     config = read_json(folder / CONFIG)
     found = config.get("holdfast") if isinstance(config, dict) else None
-    require(isinstance(found, dict), f"{folder / CONFIG} is not the config of a holdfast bundle")
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / CONFIG} is not the config of a holdfast bundle")
     state = load_weights(folder / WEIGHTS)
     require(
         sha256_file(folder / WEIGHTS) == found.get("weights_sha256"),

@@ -30,9 +30,9 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name (see `holdfast list recipes`).")
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped name: `holdfast list recipes`.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The run's folder; new, empty, or this run's own.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The run's folder: new, or this run's own.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as audit.seeds=5. Repeatable."),
@@ -122,7 +122,7 @@ def audit(
         str | None,
         typer.Option(metavar="PATH", help="Somebody's protected weights: safetensors, state dict, or bundle folder."),
     ] = None,
-    clean: Annotated[str | None, typer.Option(metavar="PATH", help="The same model's weights before protection.")] = None,
+    clean: Annotated[str | None, typer.Option(metavar="PATH", help="Its weights before protection.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Their model: small_conv, a timm name, or module:factory.")
     ] = None,
@@ -237,7 +237,11 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
     restricted, intact = summary["restricted"], summary["intactness"]
     worst, lead = restricted["worst_case"], restricted["attacks"][0]
     failing = [c["name"] for c in summary["checks"] if not c["passed"]]
-    kept = f"{intact['ratio']:.3f} ({percent(intact['before'])} → {percent(intact['after'])})" if intact else "not measured"
+    kept = (
+        f"{intact['ratio']:.3f} ({percent(intact['before'])} → {percent(intact['after'])})"
+        if intact
+        else "not measured"
+    )
     lines = [
         "",
         f"verdict      {summary['verdict']}" + (f"   (checks that fail: {', '.join(failing)})" if failing else ""),

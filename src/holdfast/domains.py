@@ -148,9 +148,7 @@ def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int 
         "test": _decode(test or source.train, held["test"], chosen, preprocessing),
     }
     kept, dropped = _without_duplicates(data["train"], (data["validation"], data["test"]))
-    return Domain(
-        spec.data, tuple(source.classes[c] for c in chosen), kept, data["validation"], data["test"], dropped
-    )
+    return Domain(spec.data, tuple(source.classes[c] for c in chosen), kept, data["validation"], data["test"], dropped)
 
 
 def parse_selection(text: str) -> tuple[str, str | None]:
@@ -250,7 +248,7 @@ def holdout(data: ImageData, fraction: float, rng: torch.Generator) -> tuple[Ima
     evaluate on."""
     adapt, evaluate = [], []
     labels = data.labels.cpu()
-    for c in labels.unique().tolist():
+    for c in torch.unique(labels).tolist():
         where = torch.nonzero(labels == c).flatten()
         where = where[torch.randperm(len(where), generator=rng)]
         n = min(max(1, round(len(where) * fraction)), len(where) - 1)

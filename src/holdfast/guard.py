@@ -192,8 +192,8 @@ def _start(
         )
         _restore(model, optimisers, saved["now"])
         history = History(saved["checks"], saved["rollbacks"], saved["seconds"])
-        fields = (saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline"))
-        return _Progress(*fields, history), saved["good"], saved["best"]
+        fields = {k: saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline")}
+        return _Progress(**fields, history=history), saved["good"], saved["best"]
     baseline, score = original(), restricted()
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")
@@ -243,11 +243,11 @@ def _curves(workplace: Workplace) -> Iterator[Write]:
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(workplace.folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(workplace.folder / "tensorboard"))
     try:
-        yield lambda name, value, step: writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        yield lambda name, value, step: writer.add_scalar(name, value, step)
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:

@@ -57,13 +57,20 @@ def find_head(model: nn.Module, classes: int, example: Tensor) -> list[str]:
         require(bool(ran), "no head found: the model has no linear layer or convolution")
         heads = ran[-1:]
     for name in heads:
-        outputs = model.get_submodule(name).weight.shape[0]
+        outputs = _weight(model.get_submodule(name)).shape[0]
         require(
             outputs == classes,
             f"head and classes do not agree: the model's last layer '{name}' has {outputs} outputs, "
             f"but the domain has {classes} classes",
         )
     return heads
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise UserError(f"{type(layer).__name__} has no weight tensor")
+    return weight
 
 
 def _declared_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,9 +92,7 @@ def last_layers(model: nn.Module, k: int, example: Tensor) -> list[str]:
 
 def initialise_head(layer: nn.Module, rng: torch.Generator) -> None:
     """Xavier-uniform weight and zero bias, as SOPHON's published code re-initialises it; same draw on any device."""
-    weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, Tensor):
-        raise UserError(f"cannot initialise {type(layer).__name__}: it has no weight")
+    weight, bias = _weight(layer), layer.bias
     with torch.no_grad():
         fresh = torch.empty(weight.shape, dtype=torch.float32)
         nn.init.xavier_uniform_(fresh.flatten(1), generator=rng)

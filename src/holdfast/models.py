@@ -113,7 +113,7 @@ def import_factory(name: str) -> Factory:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot import model factory '{name}': {one_line(error)} (expected module:function)") from error
+        raise UserError(f"cannot import '{name}': {one_line(error)} (expected module:function)") from error
     require(callable(found), f"model factory '{name}' is not callable")
     return found  # type: ignore[no-any-return]
 

@@ -226,9 +226,7 @@ class Run:
         )
         whole = file.recover()
         if self.with_original and not any(attack == "original domain" for _, attack, _ in whole):
-            file.append(
-                measure_intactness(states, self.architecture, self.original, self.task, self.runtime, where)
-            )
+            file.append(measure_intactness(states, self.architecture, self.original, self.task, self.runtime, where))
         run_audit(list(cells), file, self.reporter, self.recipe.runtime.jobs)
         self._note_memory()
 

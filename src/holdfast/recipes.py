@@ -32,7 +32,9 @@ class RuntimeSpec:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        require(self.precision in ("auto", "float32", "bf16"), f"precision: '{self.precision}' is not auto, float32, bf16")
+        require(
+            self.precision in ("auto", "float32", "bf16"), f"precision: '{self.precision}' is not auto, float32, bf16"
+        )
         require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, but got {self.jobs}")
 
 

@@ -59,7 +59,7 @@ class Runtime:
         if self.channels_last:
             for module in model.modules():  # only 4-d weights have such a layout
                 if isinstance(module, nn.Conv2d):
-                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    module.to(memory_format=torch.channels_last)
         if self.compile:
             model.compile()
         return model

@@ -182,9 +182,7 @@ def _read_tables(files: Sequence[Path]) -> Any:
         try:
             tables.append(pq.read_table(file))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"cannot read {file}: truncated, or not a Parquet file ({one_line(error, 120)})"
-            ) from error
+            raise UserError(f"cannot read {file}: truncated, or not a Parquet file ({one_line(error, 120)})") from error
     return pa.concat_tables(tables)
 
 
@@ -234,9 +232,7 @@ def _table_split(table: Any, where: str, classes: int) -> Split:
     require(table.num_rows > 0, f"{where} has no rows")
     labels = np.asarray(table[label_column].to_numpy(), dtype=np.int64)
     require(labels.min() >= 0, f"{where} has unlabelled rows (label −1)")
-    require(
-        not classes or labels.max() < classes, f"{where} has label {labels.max()}, but only {classes} class names"
-    )
+    require(not classes or labels.max() < classes, f"{where} has label {labels.max()}, but only {classes} class names")
     images = table[image_column]
 
     def open_row(i: int) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.audit import ORIGINAL
 from holdfast.checks import Check, run_checks
 from holdfast.errors import require
-from holdfast.metrics import Verdict, area, cost_ratio, recovery, retention, verdict
+from holdfast.metrics import LEARNS, MARGIN, Verdict, area, cost_ratio, recovery, retention, verdict
 from holdfast.records import Record, curves
 from holdfast.statistics import deviation, interval, mean, paired
 
@@ -69,14 +69,13 @@ class WorstCase:
 
 
 def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance: float) -> WorstCase:
-    """Best final validation metric for each model on its own; ties go to the better area along the way."""
+    """The best on validation data for each model on its own: among the attacks whose final metric is within the
+    margin of the best one (a difference that small is chance), the one that is best along the way."""
 
     def best(model: str) -> int:
-        def key(i: int) -> tuple[float, float]:
-            curve = validation[i].mean(model)
-            return curve[-1], area(curve)
-
-        return max(range(len(validation)), key=key)
+        curves = [m.mean(model) for m in validation]
+        top = max(c[-1] for c in curves)
+        return max((i for i, c in enumerate(curves) if c[-1] >= top - MARGIN), key=lambda i: area(curves[i]))
 
     chosen = {m: test[best(m)] for m in ("protected", "clean", "scratch")}
     final = verdict(chosen["protected"].protected, chosen["clean"].clean, chosen["scratch"].scratch, chance)
@@ -159,5 +158,8 @@ def _attack_entry(found: Measured, chance: float) -> dict[str, Any]:
         "interval": list(difference) if difference else None,  # of protected − scratch at the end
         "deviation": {m: found.deviation(m) for m in ("protected", "clean", "scratch")},
         "clean_ahead": area(clean) > area(scratch),
-        "verdict": verdict(found.protected, found.clean, found.scratch, chance),
+        # An attack that does not train the clean model either shows nothing about a defence.
+        "verdict": verdict(found.protected, found.clean, found.scratch, chance)
+        if clean[-1] - chance >= LEARNS
+        else "inconclusive",
     }

@@ -116,5 +116,3 @@ def evaluate(
     for module, mode in modes:
         module.training = mode
     return right.item() / len(data), total.item() / len(data)
-
-

@@ -62,7 +62,12 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
         b.name: b
         for b in (
             Battery("paper-default", 1, "the three strategies of SOPHON's Table 1 at its default attack", _PAPER),
-            Battery("quick", 1, "paper-default, and five stronger attacks: Adam, a larger step, layers anew", _PAPER + _STRONG),
+            Battery(
+                "quick",
+                1,
+                "paper-default and five stronger: Adam, larger steps, layers anew",
+                _PAPER + _STRONG,
+            ),
         )
     }
 )

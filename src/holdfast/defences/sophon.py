@@ -77,7 +77,9 @@ class Sophon:
         require(all(0 < lr <= 10 for lr in self.inner_lr), f"inner_lr must lie in (0, 10], but got {self.inner_lr}")
         require(min(self.inner_batch_size) >= 2, f"inner_batch_size must be at least 2, got {self.inner_batch_size}")
         require(self.gamma in GAMMAS, f"gamma must be one of {', '.join(GAMMAS)}, but got '{self.gamma}'")
-        require(0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}")
+        require(
+            0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}"
+        )
         require(self.clip is None or self.clip > 0, f"clip must be positive or null, but got {self.clip}")
         require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
 

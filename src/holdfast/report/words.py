@@ -34,9 +34,10 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     worst = restricted["worst_case"]
     attacks = {a["name"]: a for a in restricted["attacks"]}
     said = [
+        EXPLAINED[summary["verdict"]],
         f"The strongest attack, {worst['protected']['attack']}, takes the protected model to "
         f"{percent(worst['protected']['final'])}; the clean model reaches {percent(worst['clean']['final'])} at its "
-        f"best, a model from scratch {percent(worst['scratch']['final'])} (chance {percent(restricted['chance'])})."
+        f"best, a model from scratch {percent(worst['scratch']['final'])} (chance {percent(restricted['chance'])}).",
     ]
     default = attacks.get(PAPER_DEFAULT)
     if default:
@@ -52,9 +53,10 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
                 f"Resisting that attack alone shows little: {len(stronger)} of the {len(attacks) - 1} other attacks do "
                 f"more than 5 points better ({', '.join(stronger)})."
             )
-    beaten = [a["name"] for a in attacks.values() if a["verdict"] != "held"]
+    telling = [a for a in attacks.values() if a["verdict"] != "inconclusive"]
+    beaten = [a["name"] for a in telling if a["verdict"] != "held"]
     said.append(
-        f"Taken one by one, {len(attacks) - len(beaten)} of {len(attacks)} attacks are held"
+        f"Taken one by one, {len(telling) - len(beaten)} of {len(telling)} attacks that train the clean model are held"
         + (f"; not held: {', '.join(beaten)}." if beaten else ".")
     )
     return said
