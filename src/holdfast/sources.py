@@ -212,7 +212,9 @@ def _label_column(table: Any, where: str) -> str:
     raise UserError(f"{where} has no column 'label' (found {', '.join(columns)}): expected images with labels")
 
 
-def _table_split(table: Any, where: str, classes: int) -> Split:
+def _table_split(table: Any, where: str, classes: int, follow_paths: bool = False) -> Split:
+    """`follow_paths`: open the file that a row names instead of holding its bytes; only for tables that `datasets` made
+    on this machine, never on the word of a Parquet file."""
     import pyarrow as pa
 
     label_column = _label_column(table, where)
@@ -238,6 +240,8 @@ def _table_split(table: Any, where: str, classes: int) -> Split:
     def open_row(i: int) -> Image.Image:
         value = images[i].as_py()
         data = value["bytes"] if isinstance(value, dict) else value
+        if data is None and follow_paths and isinstance(value, dict) and value["path"]:
+            return Image.open(value["path"])
         require(data is not None, f"row {i} of {where} holds a path but no image bytes")
         return Image.open(io.BytesIO(data))
 
@@ -265,7 +269,7 @@ def open_hub(name: str) -> Source:
         table = part.cast_column(image, datasets.Image(decode=False)).with_format("arrow")[:]
         label = _label_column(table, name)
         classes = classes or tuple(getattr(part.features[label], "names", None) or ())
-        splits[split] = _table_split(table, f"{name}/{key}", len(classes))
+        splits[split] = _table_split(table, f"{name}/{key}", len(classes), follow_paths=True)
     require("train" in splits, f"'{name}' has no training split (found {', '.join(map(str, loaded))})")
     classes = classes or tuple(str(i) for i in range(int(splits["train"].labels.max()) + 1))
     return Source(dataset, classes, splits["train"], splits.get("validation"), splits.get("test"))

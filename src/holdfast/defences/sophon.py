@@ -1,4 +1,4 @@
-"""SOPHON (Deng et al., IEEE S&P 2024): simulated fine-tuning, suppression, reinforcement. Algorithm 1, Equations 1–14."""
+"""SOPHON (Deng et al., IEEE S&P 2024): simulated fine-tuning, suppression, reinforcement. Algorithm 1, Eq. 1–14."""
 
 from __future__ import annotations
 

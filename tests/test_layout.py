@@ -1,0 +1,80 @@
+"""The structure that `docs/design.md` promises: each file imports only files above it."""
+
+import ast
+from pathlib import Path
+
+import holdfast
+
+ROOT = Path(holdfast.__file__).parent
+ORDER = [
+    "errors",
+    "files",
+    "seeding",
+    "runtime",
+    "progress",
+    "losses",
+    "tasks",
+    "preprocessing",
+    "sources",
+    "domains",
+    "layers",
+    "models",
+    "training",
+    "finetuning",
+    "simulation",
+    "statistics",
+    "metrics",
+    "guard",
+    "defences.sophon",
+    "defences.registry",
+    "attacks.batteries",
+    "records",
+    "audit",
+    "checks",
+    "summary",
+    "pretraining",
+    "bundle",
+    "recipes",
+    "report.words",
+    "report.figures",
+    "report.write",
+    "pipeline",
+    "cli",
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not name.endswith("__init__") and name != "__main__":
+            found[name] = path
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+def test_files_import_only_files_above_them() -> None:
+    wrong = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("holdfast"):
+                base = (node.module or "").removeprefix("holdfast").lstrip(".")
+                targets = [base] if base in ORDER else [f"{base}.{a.name}".lstrip(".") for a in node.names]
+                wrong += [(name, t) for t in targets if t not in ORDER or ORDER.index(t) >= ORDER.index(name)]
+    assert wrong == []
+
+
+def test_files_stay_readable() -> None:
+    long = {n: len(p.read_text().splitlines()) for n, p in modules().items()}
+    assert {n: c for n, c in long.items() if c > 375} == {}
+
+
+def test_no_unsafe_loading() -> None:
+    for path in modules().values():
+        text = path.read_text()
+        assert "weights_only=False" not in text
+        assert "import pickle" not in text
+        assert "yaml.load(" not in text

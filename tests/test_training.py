@@ -1,0 +1,174 @@
+"""The one loop against a loop written out by hand; batches; strategies."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from holdfast.errors import UserError
+from holdfast.finetuning import ALIASES, OPTIMISERS, FineTuning
+from holdfast.models import state_of
+from holdfast.training import evaluate, fit, minibatches
+
+
+def test_fit_is_forward_backward_update(runtime) -> None:
+    torch.manual_seed(0)
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    batches = [(torch.randn(4, 3), torch.randint(0, 2, (4,))) for _ in range(5)]
+    seen = []
+    result = fit(
+        model,
+        batches,
+        F.cross_entropy,
+        torch.optim.SGD(model.parameters(), 0.1),
+        runtime=runtime,
+        after_step=lambda step, loss: seen.append((step, loss)),
+    )
+    losses = []
+    for x, y in batches:
+        loss = F.cross_entropy(twin(x), y)
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), grads, strict=True):
+                p -= 0.1 * g
+        losses.append(loss.item())
+    assert torch.allclose(model.weight, twin.weight, atol=1e-6)
+    assert [s for s, _ in seen] == [1, 2, 3, 4, 5]
+    assert [v for _, v in seen] == pytest.approx(losses, rel=1e-5)
+    assert (result.steps, result.diverged_at) == (5, None)
+
+
+def test_fit_clips_and_stops(runtime) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    batch = (1e3 * torch.ones(1, 2), torch.tensor([0]))
+    fit(
+        model,
+        [batch] * 9,
+        F.cross_entropy,
+        torch.optim.SGD(model.parameters(), 1.0),
+        runtime=runtime,
+        clip=0.01,
+        after_step=lambda step, _: step == 2,
+    )
+    assert (model.weight - before).norm() <= 2 * 0.01 + 1e-6
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(runtime) -> None:
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    batch = (torch.full((1, 2), math.inf), torch.tensor([0]))
+    result = fit(model, [batch], F.cross_entropy, torch.optim.SGD(model.parameters(), 1.0), runtime=runtime)
+    assert result.diverged_at == 1
+    assert torch.equal(model.weight, before)
+
+
+def test_minibatches_are_full_cover_every_pass_and_do_not_depend_on_where_one_starts(original, runtime) -> None:
+    data = original.train.subset(torch.arange(10))
+    marked = replace(data, labels=torch.arange(10))
+    batches = [y.tolist() for _, y in minibatches(marked, 4, 10, 7, runtime)]
+    assert all(len(b) == 4 for b in batches)
+    flat = sum(batches, [])
+    for k in range(4):
+        assert sorted(flat[10 * k : 10 * k + 10]) == list(range(10))
+    later = [y.tolist() for _, y in minibatches(marked, 4, 10, 7, runtime, first_step=6)]
+    assert later == batches[6:]
+    assert len(next(iter(minibatches(marked, 99, 1, 7, runtime)))[1]) == 10
+
+
+def test_evaluate_counts_and_leaves_modes_alone(original, architecture, task, runtime) -> None:
+    model = architecture.build(5).train()
+    before = state_of(model)
+    value, loss = evaluate(model, original.test, task, runtime, batch_size=17)
+    model.eval()
+    x, y = original.test.batch(torch.arange(len(original.test)), runtime)
+    assert value == pytest.approx((model(x).argmax(1) == y).float().mean().item(), abs=1e-6)
+    assert loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+    model.train()
+    evaluate(model, original.test, task, runtime)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_full_of_nan_knows_nothing(task) -> None:
+    assert task.score(torch.full((3, 2), math.nan), torch.tensor([0, 1, 0])).sum() == 0
+
+
+class TestFineTuning:
+    def changed(self, model, state, runtime, original, architecture, task, tuning) -> set[str]:
+        fresh = tuning.initialise_from(model, state, architecture, 5, seed=1)
+        start = state_of(model)
+        tuning.run(model, original.train, task, architecture, 5, runtime=runtime, seed=1)
+        after = model.state_dict()
+        moved = {k for k, v in after.items() if not torch.equal(v, start[k])}
+        self.kept = {k for k in start if torch.equal(start[k], state[k])}
+        self.fresh = fresh
+        return moved
+
+    @pytest.mark.parametrize("name", ALIASES)
+    def test_what_is_kept_and_what_trains(self, name, clean_state, original, architecture, task, runtime) -> None:
+        tuning = FineTuning.named(name, lr=0.01, steps=3, batch_size=20, k=2)
+        model = architecture.build(5)
+        moved = self.changed(model, clean_state, runtime, original, architecture, task, tuning)
+        parameters = {n for n, _ in model.named_parameters()}
+        head, last = {"14.weight", "14.bias"}, {"9.weight", "10.weight", "10.bias"}
+        expected = {
+            "direct+all": (set(), parameters),
+            "initFC+FC": (head, head),
+            "initFC+all": (head, parameters),
+            "last-k+all": (head | last, parameters),
+            "scratch": (parameters, parameters),
+        }[name]
+        assert self.fresh == expected[0]
+        assert moved & parameters == expected[1]
+        assert parameters - self.kept >= {n for n in expected[0] if n.endswith("weight") and n != "10.weight"}
+        if name == "initFC+FC":
+            assert moved == head  # batch statistics stay the pre-trained ones
+
+    def test_keeping_a_head_of_other_classes_is_refused(self, clean_state, architecture) -> None:
+        with pytest.raises(UserError, match="head and classes do not agree"):
+            FineTuning.named("direct+all").initialise_from(architecture.build(7), clean_state, architecture, 7, 0)
+        FineTuning.named("initFC+all").initialise_from(architecture.build(7), clean_state, architecture, 7, 0)
+
+    @pytest.mark.parametrize("name", OPTIMISERS)
+    def test_every_optimiser_learns(self, name, original, architecture, task, runtime) -> None:
+        lr = {"sgd": 0.3, "momentum": 0.05, "nesterov": 0.05, "adagrad": 0.02, "adadelta": 1.0}.get(name, 0.01)
+        tuning = FineTuning.named("scratch", optimiser=name, lr=lr, steps=60, batch_size=60)
+        model = architecture.build(5)
+        tuning.initialise_from(model, {}, architecture, 5, 0)
+        tuning.run(model, original.train, task, architecture, 5, runtime=runtime, seed=0)
+        assert evaluate(model, original.test, task, runtime)[0] > 0.8
+
+    def test_schedule_by_hand(self) -> None:
+        tuning = FineTuning(schedule="cosine", warmup=4, steps=12)
+        assert [tuning.lr_factor(s) for s in (0, 1, 3)] == [0.25, 0.5, 1.0]
+        assert tuning.lr_factor(8) == pytest.approx(0.5)
+        assert tuning.lr_factor(12) == pytest.approx(0)
+        assert FineTuning().build_schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)) is None
+
+    def test_the_same_seed_gives_the_same_weights(self, clean_state, original, architecture, task, runtime) -> None:
+        found = []
+        for _ in range(2):
+            model = architecture.build(5)
+            tuning = FineTuning.named("initFC+all", optimiser="adam", lr=0.01, steps=5, batch_size=30)
+            tuning.initialise_from(model, clean_state, architecture, 5, 3)
+            tuning.run(model, original.train, task, architecture, 5, runtime=runtime, seed=3)
+            found.append(state_of(model))
+        assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+    @pytest.mark.parametrize(
+        "bad", [{"lr": 0}, {"optimiser": "adan"}, {"steps": 0}, {"train": "some"}, {"initialise": "none"}, {"k": 0}]
+    )
+    def test_values_out_of_range(self, bad) -> None:
+        with pytest.raises(UserError):
+            FineTuning(**bad)
+        with pytest.raises(UserError, match="valid: direct"):
+            FineTuning.named("direct")
+
+    def test_the_defaults_are_the_papers_attack(self) -> None:
+        t = FineTuning.named("direct+all")
+        assert (t.optimiser, t.lr, t.batch_size, t.weight_decay, t.steps) == ("momentum", 1e-4, 200, 1e-4, 5000)
