@@ -134,19 +134,19 @@ def plan_cells(
     states: Mapping[str, State],
     architecture: Architecture,
     domain: Domain,
-    adversary: ImageData,
+    adversary: Sequence[ImageData],
     task: Task,
     runtime: Runtime,
     simulates: Callable[[FineTuning], bool],
     provenance: str,
 ) -> Iterator[CellWork]:
-    """Every cell of the grid attacks × seeds × models. From-scratch runs with the same optimisation are one cell."""
+    """Every cell of the grid attacks × seeds × models. `adversary`: its data for each seed, the same for all models.
+    From-scratch runs with the same optimisation are one cell."""
     attacks = spec.all_attacks()
     common: dict[str, Any] = {
         "evaluations": spec.evaluations,
         "architecture": architecture,
         "classes": len(domain.classes),
-        "train": adversary,
         "held_out": {"validation": domain.validation, "test": domain.test},
         "task": task,
         "runtime": runtime,
@@ -155,15 +155,17 @@ def plan_cells(
     controls: dict[FineTuning, list[Attack]] = {}
     for attack in attacks:
         controls.setdefault(attack.tuning.control(), []).append(attack)
-    for seed in range(spec.seeds):
+    for seed, train in zip(range(spec.seeds), adversary, strict=True):
         for attack in attacks:
             known = (simulates(attack.tuning),)
             for model in ("protected", "clean"):
-                yield CellWork(model, (attack.name,), known, seed, attack.tuning, state=states[model], **common)
+                yield CellWork(
+                    model, (attack.name,), known, seed, attack.tuning, state=states[model], train=train, **common
+                )
         for control, group in controls.items():
             names = tuple(a.name for a in group)
             seen = tuple(simulates(a.tuning) for a in group)
-            yield CellWork("scratch", names, seen, seed, control, state={}, **common)
+            yield CellWork("scratch", names, seen, seed, control, state={}, train=train, **common)
 
 
 def run_audit(cells: Sequence[CellWork], records: RecordFile, reporter: Reporter, jobs: int | None = None) -> None:

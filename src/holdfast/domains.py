@@ -61,22 +61,13 @@ class Domain:
     test: ImageData
     dropped: int = 0  # training images whose pixels occur a second time in the domain
 
-    def halves(self, seed: int, adversary: int | None = None) -> tuple[ImageData, ImageData]:
+    def halves(self, seed: int) -> tuple[ImageData, ImageData]:
         """The defender's and the adversary's halves of the training data (SOPHON, §5.1.4).
 
-        Disjoint by construction: each class is shuffled and cut once. `adversary` caps the adversary's images (in
-        all, spread over the classes); the defender's half does not grow by what the adversary is denied.
+        Disjoint by construction: each class is shuffled and cut once.
         """
-        order = {c: _shuffled(self.train.labels, c, seed) for c in range(len(self.classes))}
-        first = [o[: (len(o) + 1) // 2] for o in order.values()]
-        second = [o[(len(o) + 1) // 2 :] for o in order.values()]
-        if adversary is not None:
-            require(
-                len(self.classes) <= adversary <= sum(map(len, second)),
-                f"{self.name}: the adversary's images must number between {len(self.classes)} (one a class) and "
-                f"{sum(map(len, second))} (half of the training data), but got {adversary}",
-            )
-            second = _take_evenly(second, adversary)
+        order = [_shuffled(self.train.labels, c, generator(seed, "halves", c)) for c in range(len(self.classes))]
+        first, second = [o[: (len(o) + 1) // 2] for o in order], [o[(len(o) + 1) // 2 :] for o in order]
         require(
             all(len(s) for s in first + second),
             f"{self.name}: every class needs at least 2 training images, one for each half",
@@ -96,7 +87,8 @@ class DomainSpec:
 
     `per_class` / `test_per_class`: at most so many training (validation included) and test images a class.
     `validation_fraction`, `test_fraction`: what is split off the training data, stratified, where the source has no
-    such split. `adversary`: how many images the adversary has (restricted domain only; default: a half).
+    such split. `adversary`: how many images the adversary draws from its half, anew for every audit seed (restricted domain only;
+    default: all of the half).
     """
 
     data: str
@@ -228,9 +220,26 @@ def _without_duplicates(train: ImageData, held: Iterable[ImageData]) -> tuple[Im
     return train.subset(torch.tensor(keep, dtype=torch.int64)), len(train) - len(keep)
 
 
-def _shuffled(labels: Tensor, c: int, seed: int) -> Tensor:
+def sample(data: ImageData, count: int | None, seed: int) -> ImageData:
+    """`count` images at random, spread over the classes as evenly as they allow; None: all of them.
+
+    The adversary's draw: each audit seed has its own, so that the spread over seeds is that over data too.
+    """
+    if count is None:
+        return data
+    classes = torch.unique(data.labels.cpu()).tolist()
+    require(
+        len(classes) <= count <= len(data),
+        f"the adversary's images must number between {len(classes)} (one a class) and {len(data)} (half of the "
+        f"training data), but got {count}",
+    )
+    order = [_shuffled(data.labels, c, generator(seed, "sample", c)) for c in classes]
+    return data.subset(torch.cat(_take_evenly(order, count)))
+
+
+def _shuffled(labels: Tensor, c: int, rng: torch.Generator) -> Tensor:
     where = torch.nonzero(labels == c).flatten().cpu()
-    return where[torch.randperm(len(where), generator=generator(seed, "halves", c))]
+    return where[torch.randperm(len(where), generator=rng)]
 
 
 def _take_evenly(parts: list[Tensor], total: int) -> list[Tensor]:
@@ -249,8 +258,7 @@ def holdout(data: ImageData, fraction: float, rng: torch.Generator) -> tuple[Ima
     adapt, evaluate = [], []
     labels = data.labels.cpu()
     for c in torch.unique(labels).tolist():
-        where = torch.nonzero(labels == c).flatten()
-        where = where[torch.randperm(len(where), generator=rng)]
+        where = _shuffled(labels, c, rng)
         n = min(max(1, round(len(where) * fraction)), len(where) - 1)
         evaluate.append(where[:n])
         adapt.append(where[n:])

@@ -14,7 +14,7 @@ from torch import nn
 from holdfast import models
 from holdfast.audit import measure_intactness, plan_cells, run_audit
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card
-from holdfast.domains import Domain, ImageData, load_domain
+from holdfast.domains import Domain, ImageData, load_domain, sample
 from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
@@ -26,6 +26,7 @@ from holdfast.recipes import Recipe
 from holdfast.records import RecordFile, provenance
 from holdfast.report.write import write_report
 from holdfast.runtime import Runtime, peak_memory_mb
+from holdfast.seeding import derive
 from holdfast.tasks import Classification, Task
 
 
@@ -70,7 +71,11 @@ class Run:
     @cached_property
     def halves(self) -> tuple[ImageData, ImageData]:
         """The defender's and the adversary's training data of the restricted domain."""
-        return self.restricted.halves(self.recipe.seed, self.recipe.restricted.adversary)
+        return self.restricted.halves(self.recipe.seed)
+
+    def adversary_data(self, seed: int) -> ImageData:
+        """What the adversary of one audit seed has: a draw from its half."""
+        return sample(self.halves[1], self.recipe.restricted.adversary, derive(self.recipe.seed, "adversary", seed))
 
     @property
     def bundle_folder(self) -> Path:
@@ -104,7 +109,7 @@ class Run:
         """Read all data and build the model once, so that bad input is found before any work and any file."""
         if self.with_original:
             _ = self.original
-        _ = self.restricted, self.halves
+        sample(self.halves[1], self.recipe.restricted.adversary, 0)  # raises where there are too few
         classes = len(self.original.classes if self.with_original else self.restricted.classes)
         model = self.architecture.build(classes)
         self.architecture.head(model, classes)
@@ -218,7 +223,7 @@ class Run:
             states,
             self.architecture,
             self.restricted,
-            self.halves[1],
+            [self.adversary_data(seed) for seed in range(self.recipe.audit.seeds)],
             self.task,
             self.runtime,
             self._simulates(),
@@ -252,7 +257,7 @@ class Run:
                     "classes": list(self.restricted.classes),
                     "chance": self.task.chance(test),
                     "defender": len(self.halves[0]),
-                    "adversary": len(self.halves[1]),
+                    "adversary": len(self.adversary_data(0)),
                     "validation": len(self.restricted.validation),
                     "test": len(test),
                     "duplicates_dropped": self.restricted.dropped,
