@@ -64,7 +64,7 @@ def test_looking_for_the_head_changes_nothing() -> None:
 
 
 def test_head_and_classes_that_disagree() -> None:
-    with pytest.raises(UserError, match="head and classes do not agree.*'out' has 4 outputs.*5 classes"):
+    with pytest.raises(UserError, match=r"head and classes do not agree.*'out' has 4 outputs.*5 classes"):
         find_head(Odd(4), 5, torch.zeros(1, 3, 8, 8))
 
 

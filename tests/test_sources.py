@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from holdfast.domains import DomainSpec, load_domain, parse_selection, select_classes
+from holdfast.domains import DomainSpec, load_domain, parse_selection, sample, select_classes
 from holdfast.errors import UserError
 from holdfast.preprocessing import Preprocessing
 from holdfast.sources import TORCHVISION, known_names, open_source
@@ -163,14 +163,16 @@ def test_halves_are_disjoint_stratified_and_seeded(restricted) -> None:
     assert other[0].digests() != defender.digests()
 
 
-def test_capping_the_adversary_does_not_feed_the_defender(restricted) -> None:
-    defender, _ = restricted.halves(0)
-    capped, adversary = restricted.halves(0, 23)
-    assert len(adversary) == 23
-    assert torch.bincount(adversary.labels).tolist() == [5, 5, 5, 4, 4]
-    assert capped.digests() == defender.digests()
+def test_every_seed_of_the_adversary_draws_its_own_images_from_its_half(restricted) -> None:
+    defender, half = restricted.halves(0)
+    draws = [sample(half, 23, seed) for seed in (0, 1, 0)]
+    assert torch.bincount(draws[0].labels).tolist() == [5, 5, 5, 4, 4]
+    assert draws[0].digests() == draws[2].digests()
+    assert draws[0].digests() != draws[1].digests()
+    assert not set(draws[1].digests()) & set(defender.digests())
+    assert sample(half, None, 0) is half
     with pytest.raises(UserError, match="adversary's images must number"):
-        restricted.halves(0, 10**6)
+        sample(half, 10**6, 0)
 
 
 def test_an_image_that_occurs_twice_cannot_reach_both_halves(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_images_are_made_to_fit() -> None:
 
 class TestBadData:
     def test_missing(self) -> None:
-        with pytest.raises(UserError, match="unknown domain 'digit' .did you mean 'digits'"):
+        with pytest.raises(UserError, match=r"unknown domain 'digit' .did you mean 'digits'"):
             open_source("digit")
         with pytest.raises(UserError, match="data not found"):
             open_source("./nowhere/at/all")

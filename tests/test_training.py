@@ -72,7 +72,7 @@ def test_minibatches_are_full_cover_every_pass_and_do_not_depend_on_where_one_st
     marked = replace(data, labels=torch.arange(10))
     batches = [y.tolist() for _, y in minibatches(marked, 4, 10, 7, runtime)]
     assert all(len(b) == 4 for b in batches)
-    flat = sum(batches, [])
+    flat = [label for batch in batches for label in batch]
     for k in range(4):
         assert sorted(flat[10 * k : 10 * k + 10]) == list(range(10))
     later = [y.tolist() for _, y in minibatches(marked, 4, 10, 7, runtime, first_step=6)]

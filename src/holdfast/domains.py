@@ -87,8 +87,8 @@ class DomainSpec:
 
     `per_class` / `test_per_class`: at most so many training (validation included) and test images a class.
     `validation_fraction`, `test_fraction`: what is split off the training data, stratified, where the source has no
-    such split. `adversary`: how many images the adversary draws from its half, anew for every audit seed (restricted domain only;
-    default: all of the half).
+    such split. `adversary`: how many images the adversary draws from its half, anew for every audit seed
+    (restricted domain only; default: all of the half).
     """
 
     data: str

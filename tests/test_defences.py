@@ -1,0 +1,250 @@
+"""The contract that every defence meets. One that is not in CASES fails."""
+
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.defences.registry import DEFENCES, Identity, defence_class
+from holdfast.defences.sophon import Sophon
+from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
+from holdfast.guard import Workplace
+from holdfast.models import Architecture, state_of
+from holdfast.training import evaluate
+
+QUICK_SOPHON = Sophon(
+    adversaries=1,
+    inner_steps=4,
+    inner_batch_size=(30,),
+    inner_lr=(1e-3, 1e-2),
+    iterations=20,
+    check_every=5,
+    ntr_loops=2,
+    ntr_batch_size=50,
+    probe_steps=10,
+    tolerance=0.05,
+)
+CASES = {"sophon": QUICK_SOPHON, "identity": Identity()}
+
+
+def protect(defence, clean_state, original, restricted, architecture, task, runtime, seed=0, workplace=None):
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    history = defence.protect(
+        model,
+        original,
+        restricted.halves(0)[0],
+        restricted_classes=5,
+        architecture=architecture,
+        task=task,
+        runtime=runtime,
+        seed=seed,
+        workplace=workplace,
+    )
+    return model, history
+
+
+def test_every_defence_has_a_case() -> None:
+    assert DEFENCES.keys() == CASES.keys()
+    with pytest.raises(UserError, match="unknown defence 'sofon'"):
+        defence_class("sofon")
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+class TestContract:
+    def test_it_is_a_frozen_value_with_defaults(self, name) -> None:
+        defence = DEFENCES[name]()
+        assert hash(defence) == hash(DEFENCES[name]())
+        for field in fields(defence):
+            with pytest.raises(FrozenInstanceError):
+                setattr(defence, field.name, 1)
+        assert isinstance(defence.simulates(FineTuning()), bool)
+        assert (DEFENCES[name].__doc__ or "").strip()
+
+    def test_the_result_is_within_tolerance_finite_and_the_same_model(
+        self, name, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        model, _ = protect(CASES[name], clean_state, original, restricted, architecture, task, runtime)
+        clean = architecture.build(5)
+        clean.load_state_dict(clean_state)
+        before, after = (evaluate(m, original.validation, task, runtime)[0] for m in (clean, model))
+        assert after >= before * (1 - getattr(CASES[name], "tolerance", 0)) - 1e-9
+        assert model.state_dict().keys() == clean_state.keys()
+        assert all(v.isfinite().all() for v in model.state_dict().values())
+
+    def test_the_seed_decides_everything(
+        self, name, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        short = CASES[name]
+        if "iterations" in {f.name for f in fields(short)}:
+            short = replace(short, iterations=4, check_every=2)
+        one, two = (
+            state_of(protect(short, clean_state, original, restricted, architecture, task, runtime, seed=5)[0])
+            for _ in range(2)
+        )
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_sophon_suppresses_and_says_what_it_did(
+    clean_state, original, restricted, architecture, task, runtime, tmp_path
+) -> None:
+    model, history = protect(
+        QUICK_SOPHON, clean_state, original, restricted, architecture, task, runtime, workplace=Workplace(tmp_path)
+    )
+    assert any(not torch.equal(v, clean_state[k]) for k, v in model.state_dict().items())
+    first, last = history.checks[0], history.checks[-1]
+    assert [c["iteration"] for c in history.checks] == [0, 5, 10, 15, 20]
+    assert min(c.get("restricted", 1) for c in history.checks) < first["restricted"]
+    assert {"fts", "ntr", "original", "strength"} <= last.keys()
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_sophon_defaults_are_the_papers() -> None:
+    d = Sophon()
+    assert (d.alpha, d.beta, d.iterations, d.inner_steps, d.fts_loops, d.ntr_loops, d.adversaries) == (
+        3e-4,
+        5e-4,
+        800,
+        50,
+        1,
+        1,
+        3,
+    )
+    assert d.inner_lr == (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    assert d.inner_batch_size == (50, 100, 150, 200, 250)
+    assert d.inner_optimiser == ("adam",)
+    assert d.inner_initialise == ("keep", "head")
+
+
+def test_adversaries_are_drawn_from_all_of_phi() -> None:
+    spec = Sophon(inner_optimiser=("adam", "sgd"))
+    drawn = [spec.draw(0, i) for i in range(400)]
+    assert {d.initialise for d in drawn} == {"keep", "head"}
+    assert {d.lr for d in drawn} == set(spec.inner_lr)
+    assert {d.batch_size for d in drawn} == set(spec.inner_batch_size)
+    assert {d.optimiser for d in drawn} == {"adam", "sgd"}
+    counts = [sum(d.lr == lr for d in drawn) for lr in spec.inner_lr]
+    assert min(counts) > 50  # 80 each on average
+    assert spec.draw(0, 7) == spec.draw(0, 7)
+
+
+def test_sophon_knows_what_it_simulates() -> None:
+    spec = Sophon()
+    assert spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3))
+    assert not spec.simulates(FineTuning.named("direct+all"))  # momentum was never simulated
+    assert not spec.simulates(FineTuning.named("direct+all", optimiser="adam", lr=3e-2))
+    assert not spec.simulates(FineTuning.named("initFC+FC", optimiser="adam", lr=1e-3))
+
+
+def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    """One FTS loop is one Adam step at α on the clipped mean gradient of N adversaries."""
+    from holdfast.defences.sophon import _Engine
+    from holdfast.seeding import derive
+    from holdfast.simulation import Accumulator
+
+    spec = replace(QUICK_SOPHON, adversaries=2, clip=0.1)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    engine = _Engine(spec, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
+    accumulator = Accumulator()
+    for n in range(2):
+        seed = derive(0, "simulation", 1, 0, n)
+        tuning = spec.draw(0, 1, 0, n)
+        engine.simulator.simulate(model.state_dict(), tuning, engine.gammas, engine.suppression, accumulator, 0.5, seed)
+    norm = torch.sqrt(sum((g**2).sum() for g in accumulator.sums.values())).item()
+    scale = min(1.0, 0.1 / norm)
+    engine.suppress(1, 0, strength=0.5)
+    for name, p in model.named_parameters():
+        g = accumulator.sums.get(name)
+        if g is None:
+            continue
+        g = g * scale
+        expected = clean_state[name] - 0.5 * spec.alpha * g / (g.abs() + 1e-8)  # Adam's first step
+        assert torch.allclose(p, expected, atol=2e-6), name
+    assert engine.ntr.state_dict()["state"] == {}
+    engine.reinforce(1)
+    assert len(engine.ntr.state_dict()["state"]) == len(list(model.parameters()))
+
+
+def test_heads_and_classes_that_disagree_are_refused_before_any_work(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    model = architecture.build(5)
+    arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+    with pytest.raises(UserError, match="head and classes do not agree"):
+        QUICK_SOPHON.protect(model, original, restricted.train, restricted_classes=7, **arguments)
+    with pytest.raises(UserError, match="head and classes do not agree"):
+        QUICK_SOPHON.protect(architecture.build(6), original, restricted.train, restricted_classes=5, **arguments)
+
+
+def test_other_classes_are_fine_where_every_adversary_has_its_own_head(
+    clean_state, original, architecture, task, runtime
+) -> None:
+    from holdfast.domains import load_domain
+
+    three = load_domain("digits[5-7]", architecture.preprocessing)
+    spec = replace(QUICK_SOPHON, inner_initialise=("head",), iterations=2, check_every=1)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+    spec.protect(model, original, three.train, restricted_classes=3, **arguments)
+    assert model(architecture.example()).shape == (1, 5)
+
+
+class Dropping(nn.Module):
+    """A user's own model, with dropout."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("loss", ["ice", "klu", "ice_logits"])
+def test_a_users_own_module_with_every_loss(loss, original, restricted, task, runtime) -> None:
+    architecture = Architecture("mine", size=8, channels=1, factory=Dropping)
+    model = architecture.build(5)
+    spec = replace(QUICK_SOPHON, suppression=loss, iterations=2, check_every=1)
+    arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+    history = spec.protect(model, original, restricted.train, restricted_classes=5, **arguments)
+    assert len(history.checks) == 3
+
+
+def test_a_real_timm_model(task, runtime) -> None:
+    from holdfast.domains import DomainSpec, load_domain
+
+    architecture = Architecture("resnet10t", size=32, channels=3)
+    kept = load_domain(DomainSpec("digits[0-4]", per_class=20, test_per_class=5), architecture.preprocessing)
+    other = load_domain(DomainSpec("digits[5-9]", per_class=20, test_per_class=5), architecture.preprocessing)
+    model = architecture.build(5)
+    spec = replace(QUICK_SOPHON, iterations=1, check_every=1, inner_steps=2, probe_steps=2, tolerance=0.9)
+    arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+    before = state_of(model)
+    spec.protect(model, kept, other.train, restricted_classes=5, **arguments)
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"alpha": 0},
+        {"tolerance": 1},
+        {"gamma": "some"},
+        {"inner_lr": ()},
+        {"inner_optimiser": ("adan",)},
+        {"clip": -1},
+        {"inner_steps": 0},
+        {"inner_initialise": ("scratch",)},
+        {"held_out_fraction": 1.0},
+    ],
+)
+def test_values_out_of_range(bad) -> None:
+    with pytest.raises(UserError):
+        Sophon(**bad)

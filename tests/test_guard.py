@@ -1,0 +1,136 @@
+"""Intactness: breaches go back, optimisers included; the best state within tolerance is what is released."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.errors import UserError
+from holdfast.files import load_torch
+from holdfast.guard import Guard, Workplace, run_guarded
+
+
+class Bench:
+    """A one-parameter model whose metrics are read off its weight."""
+
+    def __init__(self, moves: list[float], seen: list[tuple[int, float, float]] | None = None) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), 0.1)
+        self.moves, self.seen = moves, seen if seen is not None else []
+
+    def iterate(self, i: int, strength: float) -> dict[str, float]:
+        self.seen.append((i, strength, self.weight()))
+        self.model.weight.grad = torch.ones(1, 1)
+        self.optimiser.step()  # so that the optimiser has a state to restore
+        with torch.no_grad():
+            self.model.weight.copy_(torch.tensor([[self.weight_before(i) + self.moves[i - 1] * strength]]))
+        return {"loss": 1.0 if math.isfinite(self.moves[i - 1]) else math.nan}
+
+    def weight_before(self, i: int) -> float:
+        return self.seen[-1][2]
+
+    def weight(self) -> float:
+        return self.model.weight.item()
+
+    def run(self, tolerance: float = 0.1, every: int = 1, workplace: Workplace | None = None, identity: str = "x"):
+        return run_guarded(
+            self.model,
+            {"adam": self.optimiser},
+            self.iterate,
+            iterations=len(self.moves),
+            guard=Guard(tolerance, every),
+            original=lambda: 1 - self.weight(),
+            restricted=lambda: 0.5 - self.weight(),
+            identity=identity,
+            workplace=workplace or Workplace(),
+        )
+
+
+def test_the_best_state_within_tolerance_is_released_not_the_last() -> None:
+    bench = Bench([0.05, 0.03, -0.06])
+    history = bench.run()
+    assert bench.weight() == pytest.approx(0.08)
+    assert history.rollbacks == 0
+    assert [c["restricted"] for c in history.checks] == pytest.approx([0.5, 0.45, 0.42, 0.48])
+
+
+def test_a_breach_goes_back_and_weakens_suppression() -> None:
+    bench = Bench([0.05, 0.2, 0.02])
+    history = bench.run()
+    assert history.rollbacks == 1
+    assert [s for _, s, _ in bench.seen] == [1, 1, 0.5]
+    assert bench.seen[2][2] == pytest.approx(0.05)  # the third iteration started from the last good state
+    assert bench.weight() == pytest.approx(0.06)
+    assert bench.optimiser.state_dict()["state"][0]["step"].item() == 2  # one of three steps was undone
+
+
+def test_nan_goes_back_at_once_even_between_checks() -> None:
+    bench = Bench([0.01, math.nan, 0.01, 0.01])
+    history = bench.run(every=4)
+    assert history.rollbacks == 1
+    assert bench.seen[2][2] == 0  # the last good state was the start
+    assert math.isfinite(bench.weight())
+
+
+def test_a_defence_that_never_stays_within_tolerance_releases_the_unprotected_model() -> None:
+    bench = Bench([5.0, 5.0, 5.0])
+    assert bench.run().rollbacks == 3
+    assert bench.weight() == 0
+
+
+def test_suppression_recovers_after_good_checks() -> None:
+    bench = Bench([0.5, 0.001, 0.001, 0.001, 0.001])
+    bench.run()
+    assert [s for _, s, _ in bench.seen] == pytest.approx([1, 0.5, 0.625, 0.78125, 0.9765625])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_resuming_from_any_checkpoint_is_the_run_undisturbed(tmp_path: Path, stop: int) -> None:
+    moves = [0.05, 0.2, 0.02, -0.01, 0.03]
+    whole = Bench(moves)
+    expected = whole.run()
+
+    class Killed(Exception):
+        pass
+
+    first = Bench(moves)
+    iterate = first.iterate
+
+    def dying(i: int, strength: float):
+        if i == stop + 1:
+            raise Killed
+        return iterate(i, strength)
+
+    first.iterate = dying
+    place = Workplace(tmp_path, save_every_seconds=-1)
+    with pytest.raises(Killed):
+        first.run(workplace=place)
+    second = Bench(moves, seen=list(first.seen))
+    history = second.run(workplace=Workplace(tmp_path, resume=True, save_every_seconds=-1))
+    assert second.seen == whole.seen
+    assert second.weight() == whole.weight()
+    assert history.checks == expected.checks
+    assert second.optimiser.state_dict()["state"][0]["exp_avg"] == whole.optimiser.state_dict()["state"][0]["exp_avg"]
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    Bench([0.01]).run(workplace=Workplace(tmp_path))
+    assert load_torch(tmp_path / "checkpoint.pt")["iteration"] == 1
+    with pytest.raises(UserError, match="checkpoint of another run"):
+        Bench([0.01]).run(workplace=Workplace(tmp_path, resume=True), identity="y")
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot read"):
+        Bench([0.01]).run(workplace=Workplace(tmp_path, resume=True))
+
+
+def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Bench([0.01, 0.02]).run(workplace=Workplace(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"protect/original", "protect/restricted", "protect/loss"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("protect/original")] == [1, 2]
