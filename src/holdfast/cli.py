@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -257,17 +257,30 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """Entry point: a `UserError` is one line and exit code 2; an interrupt says how to go on."""
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except OSError as error:
         _fail(f"{one_line(error)}; what was written before is intact, continue with --resume")
-    except KeyboardInterrupt:
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # click's own complaints about options and arguments
+        if explain is None:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(explain())
+            sys.exit(0)
+        _fail(f"{explain()} (see `holdfast --help`)")
+    if code == INTERRUPTED:
         print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
+INTERRUPTED = 130  # the shell's code for SIGINT; typer turns the exception into it
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -71,6 +71,14 @@ def save_torch(path: Path, value: Any) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def save_every_seconds() -> float:
+    """How often long work saves its state: `HOLDFAST_SAVE_SECONDS`, default 20."""
+    try:
+        return float(os.environ.get("HOLDFAST_SAVE_SECONDS", "20"))
+    except ValueError:
+        raise UserError("HOLDFAST_SAVE_SECONDS must be a number of seconds") from None
+
+
 def load_torch(path: Path) -> Any:
     """Read a file of tensors without running any code in it (`weights_only=True`)."""
     require(path.is_file(), f"file not found: {path}")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import UserError, require
-from holdfast.files import load_torch, save_torch
+from holdfast.files import load_torch, save_every_seconds, save_torch
 from holdfast.models import State, load_state, state_of
 from holdfast.progress import Bar, Reporter
 
@@ -53,7 +53,7 @@ class Workplace:
     folder: Path | None = None
     resume: bool = False
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
-    save_every_seconds: float = 20.0
+    save_every_seconds: float = field(default_factory=save_every_seconds)
 
     @property
     def checkpoint(self) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from holdfast.domains import Domain
 from holdfast.errors import UserError, require
-from holdfast.files import load_torch, save_torch
+from holdfast.files import load_torch, save_every_seconds, save_torch
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, State, load_state, state_of
 from holdfast.progress import Reporter
@@ -16,8 +16,6 @@ from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
 from holdfast.tasks import Task
 from holdfast.training import evaluate, fit, minibatches
-
-SAVE_EVERY_SECONDS = 20.0
 
 
 def pretrain(
@@ -36,8 +34,8 @@ def pretrain(
 ) -> State:
     """Train on `domain.train` and return the weights.
 
-    From `start` where it is given, else from scratch. With `checkpoint`, the state is kept there every 20 seconds, and
-    with `resume` the run goes on from it; the result is the same as undisturbed.
+    From `start` where it is given, else from scratch. With `checkpoint`, the state is kept there every 20 seconds
+    (`HOLDFAST_SAVE_SECONDS`), and with `resume` the run goes on from it; the result is the same as undisturbed.
     """
     reporter = reporter or Reporter(quiet=True)
     tuning = replace(tuning, initialise="keep" if start else "scratch", train="all")
@@ -65,7 +63,7 @@ def pretrain(
         def after_step(step: int, loss: float) -> None:
             nonlocal last_saved
             bar.update(step, f"loss {loss:.3f}")
-            if checkpoint is not None and time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+            if checkpoint is not None and time.monotonic() - last_saved > save_every_seconds():
                 save_torch(
                     checkpoint,
                     {

@@ -33,7 +33,8 @@ class RuntimeSpec:
 
     def __post_init__(self) -> None:
         require(
-            self.precision in ("auto", "float32", "bf16"), f"precision: '{self.precision}' is not auto, float32, bf16"
+            self.precision in ("auto", "float32", "bf16"),
+            f"precision must be auto, float32 or bf16, but got '{self.precision}'",
         )
         require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, but got {self.jobs}")
 

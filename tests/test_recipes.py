@@ -1,0 +1,105 @@
+"""Recipes are validated before any work begins; what is wrong is said in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from holdfast.defences.registry import Identity
+from holdfast.defences.sophon import Sophon
+from holdfast.errors import UserError
+from holdfast.recipes import apply_changes, list_recipes, load_recipe, parse_recipe
+
+MINIMAL = {"original": "digits[0-4]", "restricted": "digits[5-9]"}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("preset", [None, "small", "paper"])
+def test_shipped_recipes_are_valid(name: str, preset: str | None) -> None:
+    if name == "demo" and preset:
+        pytest.skip("the demo has one scale")
+    recipe = load_recipe(name, preset)
+    json.dumps(recipe.as_dict())
+    again = parse_recipe(recipe.as_dict())
+    assert again == recipe
+    if preset == "paper":
+        assert recipe.defence == Sophon()  # every default is the paper's
+
+
+def test_the_named_recipes_ship() -> None:
+    assert {"demo", "sophon/mnist-usps", "sophon/cifar10-mnist_m", "sophon/cifar10-split"} <= set(list_recipes())
+
+
+def test_a_minimal_recipe_and_changes() -> None:
+    recipe = parse_recipe(MINIMAL)
+    assert recipe.defence == Sophon()
+    changes = ["defence.alpha=1e-3", "audit.seeds=5", "original.per_class=9", "weights=null"]
+    changed = parse_recipe({**MINIMAL, "defence": "sophon"}, changes=changes)
+    assert (changed.defence.alpha, changed.audit.seeds, changed.original.per_class) == (1e-3, 5, 9)
+    assert isinstance(parse_recipe({**MINIMAL, "defence": "identity"}).defence, Identity)
+
+
+def test_presets_are_laid_over() -> None:
+    raw = {**MINIMAL, "preset": "b", "presets": {"a": {"seed": 1}, "b": {"seed": 2, "audit": {"seeds": 4}}}}
+    assert parse_recipe(raw).seed == 2
+    assert parse_recipe(raw, "a").seed == 1
+    with pytest.raises(UserError, match="unknown preset of recipe 'c'"):
+        parse_recipe(raw, "c")
+
+
+def test_changes_do_not_reach_into_values() -> None:
+    with pytest.raises(UserError, match="'seed' is a value"):
+        apply_changes({"seed": 1}, ["seed.x=2"])
+    with pytest.raises(UserError, match="expects key=value"):
+        apply_changes({}, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"defense": {}}, "unknown key 'defense'"),
+        ({"defence": {"name": "sophon", "alhpa": 1}}, "unknown key 'defence.alhpa'"),
+        ({"defence": {"name": "sofon"}}, "unknown defence 'sofon'"),
+        ({"defence": {"alpha": -1}}, "alpha must lie in"),
+        ({"defence": {"iterations": "many"}}, "defence.iterations: .*but got 'many'"),
+        ({"audit": {"battery": "quik"}}, "unknown battery 'quik'.*did you mean 'quick'"),
+        ({"audit": {"seeds": 0}}, "seeds must be at least 1"),
+        ({"pretrain": {"lr": 99}}, "lr must lie in"),
+        ({"pretrain": {"optimizer": "adam"}}, "unknown key 'pretrain.optimizer'"),
+        ({"model": {"size": 2}}, "image size must be in"),
+        ({"model": {"channels": 2}}, "channels must be 1"),
+        ({"original": {"data": "digits", "validation_fraction": 2}}, "validation_fraction must lie in"),
+        ({"restricted": None}, "restricted"),
+        ({"runtime": {"precision": "int8"}}, "precision must be"),
+        ({"audit": {"attacks": [{"name": "x", "tuning": {"lr": 0}}]}}, "lr must lie in"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(change, message) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_recipe({**MINIMAL, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section() -> None:
+    with pytest.raises(UserError, match="'restricted' is missing"):
+        parse_recipe({"original": "digits"})
+
+
+def test_an_attack_of_ones_own_in_one_line() -> None:
+    tuning = {"initialise": "head", "optimiser": "adamw", "lr": 0.003, "steps": 40}
+    recipe = parse_recipe({**MINIMAL, "audit": {"attacks": [{"name": "mine", "tuning": tuning}]}})
+    assert recipe.audit.all_attacks()[-1].tuning.optimiser == "adamw"
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recipe not found"):
+        load_recipe("sophon/nothing")
+    (tmp_path / "a.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="is no recipe"):
+        load_recipe(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("a: !!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(tmp_path / "c.yaml")

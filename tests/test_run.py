@@ -1,0 +1,293 @@
+"""The whole chain: its contract, its controls, its resumption, as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import holdfast
+from holdfast.bundle import load_bundle
+from holdfast.errors import UserError
+from holdfast.models import load_weights, save_weights, state_of
+from holdfast.records import RecordFile
+
+FILES = ["bundle/README.md", "bundle/config.json", "bundle/model.safetensors", "records.jsonl"]
+FILES += ["summary.json", "report.html", "report.md", "figures/curves.png", "figures/protection.png"]
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "holdfast", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def call(*arguments: object, **environment: str) -> tuple[int, str, str]:
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def values(folder: Path) -> list[tuple[object, ...]]:
+    """What was measured, without times."""
+    records = RecordFile(folder / "records.jsonl").read()
+    return sorted((r.model, r.attack, r.seed, r.step, r.split, r.value, r.loss) for r in records)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo-like run that really learns, made once: SOPHON on digits."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    recipe = {
+        "name": "small demo",
+        "original": "digits[0-4]",
+        "restricted": {"data": "digits[5-9]", "adversary": 100},
+        "model": {"name": "small_conv", "size": 8, "channels": 1, "options": {"width": 16}},
+        "pretrain": {"steps": 200, "lr": 0.003},
+        "defence": {
+            "adversaries": 1,
+            "inner_steps": 10,
+            "inner_batch_size": [50],
+            "inner_lr": [0.0001, 0.001],
+            "iterations": 60,
+            "alpha": 0.001,
+            "ntr_loops": 3,
+            "ntr_batch_size": 60,
+            "probe_steps": 10,
+        },
+        "audit": {"battery": "quick", "steps": 80, "seeds": 3, "evaluations": 5},
+        "runtime": {"precision": "float32"},
+    }
+    path = out.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    code, text, err = call("run", path, "--out", out)
+    assert code == 0, err
+    assert str(out / "report.html") in text
+    assert all(word in text for word in ("verdict", "intactness", "worst case", "cost ratio"))
+    return out
+
+
+class TestContract:
+    def test_the_files_are_there(self, finished: Path) -> None:
+        assert [f for f in FILES if not (finished / f).is_file()] == []
+
+    def test_summary_has_the_schema_that_others_build_on(self, finished: Path) -> None:
+        s = json.loads((finished / "summary.json").read_text())
+        assert s["schema"] == 1
+        assert s["verdict"] in ("held", "partial", "failed")
+        assert s["intactness"].keys() == {"metric", "before", "after", "ratio"}
+        r = s["restricted"]
+        assert {"metric", "chance", "worst", "attacks"} <= r.keys()
+        assert r["attacks"][0]["name"] == r["worst"]
+        for attack in r["attacks"]:
+            assert {"name", "simulated", "steps", "protected", "clean", "scratch"} <= attack.keys()
+            assert {"recovery", "cost_ratio", "interval"} <= attack.keys()
+            for model in ("protected", "clean", "scratch"):
+                assert len(attack[model]) == len(attack["steps"])
+                assert all(0 <= v <= 1 for v in attack[model])
+            assert attack["steps"] == [0, 5, 10, 20, 40, 80]
+        assert s["cost"].keys() == {"protect_seconds", "audit_seconds", "peak_memory_mb"}
+        assert all(v > 0 for v in s["cost"].values())
+        assert all({"name", "passed", "message"} == c.keys() for c in s["checks"])
+
+    def test_the_summary_is_what_the_records_say(self, finished: Path) -> None:
+        s = json.loads((finished / "summary.json").read_text())
+        rows = [json.loads(line) for line in (finished / "records.jsonl").read_text().splitlines()]
+        attack = s["restricted"]["attacks"][2]
+        last = [
+            r["value"]
+            for r in rows
+            if (r["model"], r["attack"], r["step"], r["split"]) == ("clean", attack["name"], 80, "test")
+        ]
+        assert len(last) == 3
+        assert attack["clean"][-1] == pytest.approx(sum(last) / 3)
+
+    def test_positive_control_the_attack_succeeds_on_the_clean_model(self, finished: Path) -> None:
+        s = json.loads((finished / "summary.json").read_text())
+        assert s["restricted"]["worst_case"]["clean"]["final"] > 0.9
+        assert s["restricted"]["worst_case"]["scratch"]["final"] > 0.8
+
+    def test_intactness_and_the_papers_attack(self, finished: Path) -> None:
+        s = json.loads((finished / "summary.json").read_text())
+        assert s["intactness"]["ratio"] >= 0.95
+        default = next(a for a in s["restricted"]["attacks"] if a["name"] == "direct+all")
+        assert default["protected"][-1] < min(default["clean"][-1], default["scratch"][-1])
+
+    def test_the_report_says_what_stronger_attacks_do(self, finished: Path) -> None:
+        for name in ("report.md", "report.html"):
+            text = (finished / name).read_text()
+            assert "Resisting that attack alone shows little" in text
+            assert "below both controls" in text
+            assert "not held: " in text
+
+    def test_the_bundle_loads_and_is_the_protected_model(self, finished: Path) -> None:
+        bundle = load_bundle(finished / "bundle")
+        model = holdfast.load_model(finished / "bundle")
+        assert bundle.classes == ("0", "1", "2", "3", "4")
+        assert model(bundle.architecture.example()).shape == (1, 5)
+        clean = load_weights(finished / "clean")
+        assert any(not torch.equal(clean[k], v) for k, v in bundle.state.items())
+        card = (finished / "bundle" / "README.md").read_text()
+        assert "Verdict:" in card
+        assert card.startswith("---\n")
+
+    def test_a_bundle_that_was_tampered_with_is_refused(self, finished: Path, tmp_path: Path) -> None:
+        import shutil
+
+        shutil.copytree(finished / "bundle", tmp_path / "b")
+        state = load_weights(tmp_path / "b")
+        state["0.weight"] += 1
+        save_weights(tmp_path / "b" / "model.safetensors", state)
+        with pytest.raises(UserError, match="does not match the hash"):
+            load_bundle(tmp_path / "b")
+        config = json.loads((finished / "bundle" / "config.json").read_text())
+        config["architecture"] = "os:system"
+        (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+        save_weights(tmp_path / "b" / "model.safetensors", load_weights(finished / "bundle"))
+        with pytest.raises(UserError, match="needs the model factory"):
+            load_bundle(tmp_path / "b")
+
+    def test_a_finished_run_is_not_run_again(self, finished: Path) -> None:
+        recipe = finished.parent / "recipe.yaml"
+        before = (finished / "records.jsonl").read_bytes()
+        code, _, err = call("run", recipe, "--out", finished)
+        assert (code, "add --resume" in err) == (2, True)
+        code, out, _ = call("run", recipe, "--out", finished, "--resume")
+        assert code == 0
+        assert "report" in out
+        assert (finished / "records.jsonl").read_bytes() == before
+
+    def test_another_recipe_in_the_same_folder_is_refused(self, finished: Path) -> None:
+        before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+        code, _, err = call("run", finished.parent / "recipe.yaml", "--out", finished, "--set", "seed=9", "--resume")
+        assert code == 2
+        assert "belongs to another run" in err
+        assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+    def test_report_is_made_anew_from_records_alone(self, finished: Path) -> None:
+        summary = (finished / "summary.json").read_text()
+        (finished / "summary.json").unlink()
+        code, _, _ = call("report", "--out", finished)
+        assert code == 0
+        assert (finished / "summary.json").read_text() == summary
+
+    def test_somebody_elses_checkpoint(self, finished: Path, tmp_path: Path) -> None:
+        arguments = ["--protected", finished / "bundle" / "model.safetensors", "--clean", finished / "clean"]
+        arguments += ["--model", "small_conv", "--size", 8, "--restricted", "digits[5-9]"]
+        arguments += ["--set", "model.channels=1", "--set", "model.options.width=16", "--set", "audit.steps=20"]
+        arguments += ["--set", "audit.battery=paper-default", "--set", "audit.seeds=2"]
+        code, out, err = call("audit", *arguments, "--out", tmp_path / "theirs")
+        assert code == 0, err
+        assert "not measured" in out
+        s = json.loads((tmp_path / "theirs" / "summary.json").read_text())
+        assert s["intactness"] is None
+        assert s["verdict"] != "held"
+        assert not any(a["simulated"] for a in s["restricted"]["attacks"])
+        more = ["--original", "digits[0-4]", "--out", tmp_path / "both"]
+        code, _, err = call("audit", *arguments, *more)
+        assert code == 0, err
+        s = json.loads((tmp_path / "both" / "summary.json").read_text())
+        assert s["intactness"]["ratio"] > 0.9
+
+
+def test_negative_control_the_identity_is_reported_as_failed(finished: Path, tmp_path: Path) -> None:
+    code, _, err = call(
+        "run",
+        finished.parent / "recipe.yaml",
+        "--out",
+        tmp_path / "id",
+        "--set",
+        "defence={name: identity}",
+        "--set",
+        f"weights={finished / 'clean'}",
+    )
+    assert code == 0, err
+    s = json.loads((tmp_path / "id" / "summary.json").read_text())
+    assert s["verdict"] == "failed"
+    assert s["intactness"]["ratio"] == 1
+    assert all(a["verdict"] in ("failed", "inconclusive") for a in s["restricted"]["attacks"])
+    assert all(a["protected"] == a["clean"] for a in s["restricted"]["attacks"])
+
+
+def test_random_weights_hold_and_have_lost_their_ability(finished: Path, tmp_path: Path) -> None:
+    """The other control: weights that know nothing give the attacker nothing."""
+    architecture = load_bundle(finished / "bundle").architecture
+    save_weights(tmp_path / "random.safetensors", state_of(architecture.build(5, seed=123)))
+    arguments = ["--protected", tmp_path / "random.safetensors", "--clean", finished / "clean", "--size", 8]
+    arguments += ["--restricted", "digits[5-9]", "--original", "digits[0-4]", "--set", "restricted.adversary=100"]
+    arguments += ["--set", "model.channels=1", "--set", "model.options.width=16", "--set", "audit.steps=40"]
+    code, _, err = call("audit", *arguments, "--out", tmp_path / "audit")
+    assert code == 0, err
+    s = json.loads((tmp_path / "audit" / "summary.json").read_text())
+    assert s["verdict"] != "failed"
+    assert s["intactness"]["ratio"] < 0.6
+
+
+class TestResume:
+    """`kill -9` at any moment, then --resume: the same weights, bit for bit, and the same records."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        recipe = {
+            "name": "tiny",
+            "original": {"data": "digits[0-4]", "per_class": 60, "test_per_class": 20},
+            "restricted": {"data": "digits[5-9]", "per_class": 60, "test_per_class": 20},
+            "model": {"name": "small_conv", "size": 8, "channels": 1, "options": {"width": 8}},
+            "pretrain": {"steps": 150, "batch_size": 50, "lr": 0.005},
+            "defence": {
+                "adversaries": 1,
+                "inner_steps": 4,
+                "inner_batch_size": [20],
+                "iterations": 60,
+                "check_every": 3,
+                "ntr_batch_size": 30,
+                "probe_steps": 4,
+                "tolerance": 0.2,
+            },
+            "audit": {"battery": "paper-default", "steps": 30, "seeds": 2, "evaluations": 3},
+            "runtime": {"precision": "float32", "jobs": 1},
+        }
+        (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+        code, _, err = call("run", folder / "r.yaml", "--out", folder / "run")
+        assert code == 0, err
+        return folder / "r.yaml", folder / "run"
+
+    @pytest.mark.parametrize("stage", ["pretraining", "protection", "records.jsonl"])
+    def test_killed_and_resumed(self, undisturbed: tuple[Path, Path], tmp_path: Path, stage: str) -> None:
+        recipe, expected = undisturbed
+        out = tmp_path / "run"
+        eager = {"HOLDFAST_SAVE_SECONDS": "0.01"}
+        process = start("run", recipe, "--out", out, **eager)
+        deadline = time.monotonic() + 120
+        marker = out / stage if stage.endswith("jsonl") else out / stage / "checkpoint.pt"
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert marker.exists()
+        assert not (out / "summary.json").exists()
+        code, _, err = call("run", recipe, "--out", out, "--resume", **eager)
+        assert code == 0, err
+        for part in ("clean", "bundle"):
+            ours, theirs = load_weights(out / part), load_weights(expected / part)
+            assert all(torch.equal(ours[k], theirs[k]) for k in theirs), part
+        assert values(out) == values(expected)
+
+    def test_interrupted_politely(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+        recipe, _ = undisturbed
+        process = start("run", recipe, "--out", tmp_path / "run", HOLDFAST_SAVE_SECONDS="0.01")
+        while not (tmp_path / "run" / "protection").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "--resume goes on from here" in err
+        assert "Traceback" not in err
