@@ -181,7 +181,7 @@ class TestContract:
         arguments = ["--protected", finished / "bundle" / "model.safetensors", "--clean", finished / "clean"]
         arguments += ["--model", "small_conv", "--size", 8, "--restricted", "digits[5-9]"]
         arguments += ["--set", "model.channels=1", "--set", "model.options.width=16", "--set", "audit.steps=20"]
-        arguments += ["--set", "audit.battery=paper-default", "--set", "audit.seeds=2"]
+        arguments += ["--set", "audit.battery=paper-default", "--set", "audit.seeds=2", "--set", "runtime.jobs=1"]
         code, out, err = call("audit", *arguments, "--out", tmp_path / "theirs")
         assert code == 0, err
         assert "not measured" in out
@@ -206,6 +206,8 @@ def test_negative_control_the_identity_is_reported_as_failed(finished: Path, tmp
         "defence={name: identity}",
         "--set",
         f"weights={finished / 'clean'}",
+        "--set",
+        "audit.steps=40",
     )
     assert code == 0, err
     s = json.loads((tmp_path / "id" / "summary.json").read_text())

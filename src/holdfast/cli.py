@@ -50,8 +50,8 @@ def _load(recipe: str, preset: str | None, changes: list[str] | None) -> Recipe:
 
 def _stage(run: Run, stage: str) -> None:
     """Run one stage of the chain in the folder's lock, after all input has been read."""
+    run.preflight()
     with RunFolder(run.out).lock():
-        run.preflight()
         run.claim()
         getattr(run, stage)()
 

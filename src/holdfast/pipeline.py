@@ -24,7 +24,6 @@ from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
 from holdfast.records import RecordFile, provenance
-from holdfast.report.write import write_report
 from holdfast.runtime import Runtime, peak_memory_mb
 from holdfast.seeding import derive
 from holdfast.tasks import Classification, Task
@@ -285,6 +284,8 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """`summary.json`, `report.html`, `report.md` and the figures; the bundle's card gets the audit's figures."""
+        from holdfast.report.write import write_report  # matplotlib takes a second to import: not in every worker
+
         summary = write_report(self.out)
         bundle = load_bundle(self.bundle_folder, self.architecture)
         bundle.save(self.bundle_folder, self._card(bundle, summary))
@@ -297,8 +298,8 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """The whole chain; returns the summary."""
+        self.preflight()
         with RunFolder(self.out).lock():
-            self.preflight()
             self.claim()
             self.pretrain()
             self.protect()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 
@@ -26,7 +26,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     spread, and none is made up."""
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * deviation(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 

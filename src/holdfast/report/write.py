@@ -27,7 +27,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("holdfast.report", "templates"),
-        autoescape=jinja2.select_autoescape(["html"]),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,0 +1,176 @@
+"""The report: what it says follows from the records; the page is looked at in a real headless Chromium."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from holdfast.audit import ORIGINAL
+from holdfast.checks import run_checks
+from holdfast.files import write_json
+from holdfast.records import Record, RecordFile
+from holdfast.report.words import percent, ratio, signed_points
+from holdfast.report.write import write_report
+from holdfast.summary import summarise
+
+STEPS = (0, 10, 20)
+BASE = Record("clean", "direct+all", 0, 0, 20, "test", "accuracy", 0.1, 1.0, 0, 1.0, False, False, "p")
+CURVES = {  # attack → model → values, before a little noise for each seed
+    "direct+all": {"protected": (0.0, 0.1, 0.2), "clean": (0.1, 0.7, 0.8), "scratch": (0.1, 0.3, 0.5)},
+    "initFC+all · adam 1e-3": {"protected": (0.1, 0.7, 0.8), "clean": (0.1, 0.8, 0.9), "scratch": (0.1, 0.5, 0.7)},
+    "initFC+FC": {"protected": (0.1, 0.1, 0.1), "clean": (0.1, 0.1, 0.12), "scratch": (0.1, 0.3, 0.5)},
+}
+
+
+def records(seeds: int = 3, curves=None) -> list[Record]:
+    found = [
+        replace(BASE, model=m, attack=ORIGINAL, last_step=0, split=s, value=v)
+        for m, v in (("clean", 0.9), ("protected", 0.88))
+        for s in ("validation", "test")
+    ]
+    for seed in range(seeds):
+        for attack, models in (curves or CURVES).items():
+            for model, values in models.items():
+                for step, value in zip(STEPS, values, strict=True):
+                    for split in ("validation", "test"):
+                        shifted = min(1.0, value + 0.005 * seed * (step > 0))
+                        found.append(
+                            replace(BASE, model=model, attack=attack, seed=seed, step=step, split=split, value=shifted)
+                        )
+    return found
+
+
+COST = {"protect_seconds": 1.0, "audit_seconds": 2.0, "peak_memory_mb": 3.0}
+
+
+def test_summary_by_hand() -> None:
+    s = summarise(records(), 0.1, COST)
+    assert s["verdict"] == "partial"
+    assert s["intactness"] == {"metric": "accuracy", "before": 0.9, "after": 0.88, "ratio": pytest.approx(0.88 / 0.9)}
+    assert s["restricted"]["worst"] == "initFC+all · adam 1e-3"
+    worst, default, idle = s["restricted"]["attacks"]
+    assert (default["name"], default["verdict"]) == ("direct+all", "held")
+    assert default["recovery"] == pytest.approx((0.205 - 0.1) / (0.805 - 0.1))
+    assert default["cost_ratio"] is None
+    assert default["interval"] == pytest.approx([-0.3, -0.3])
+    # scratch ends at 0.705; less 2 points 0.685: it arrives at step 18.95 of …, protected at 9.xx
+    assert worst["cost_ratio"] == pytest.approx((10 * (0.685 - 0.1) / 0.605) / (10 + 10 * (0.685 - 0.505) / 0.2))
+    assert (idle["verdict"], idle["recovery"]) == ("inconclusive", None)
+    assert all(c["passed"] for c in s["checks"])
+
+
+def test_a_failing_check_forbids_held() -> None:
+    curves = {"direct+all": CURVES["direct+all"]}
+    assert summarise(records(3, curves), 0.1, COST)["verdict"] == "held"
+    two = summarise(records(2, curves), 0.1, COST)
+    assert two["verdict"] == "partial"
+    assert [c["name"] for c in two["checks"] if not c["passed"]] == ["enough seeds"]
+
+
+def test_an_audit_that_teaches_nobody_anything_proves_nothing() -> None:
+    flat = {"direct+all": dict.fromkeys(("protected", "clean", "scratch"), (0.1, 0.1, 0.1))}
+    s = summarise(records(3, flat), 0.1, COST)
+    assert s["verdict"] != "held"
+    failing = {c["name"] for c in s["checks"] if not c["passed"]}
+    assert {"the clean model learns", "the model from scratch learns", "pre-training helps the attacker"} <= failing
+
+
+def test_divergence_is_flagged() -> None:
+    s = summarise(records(), 0.1, COST)
+    checks = {c.name: c.passed for c in run_checks(s["restricted"]["attacks"], 3, 0.1, ["direct+all"], True)}
+    assert not checks["no attack diverged"]
+
+
+def test_the_worst_case_is_chosen_on_validation_data() -> None:
+    rows = [
+        replace(r, value=0.95) if (r.attack, r.model, r.split, r.step) == ("direct+all", "protected", "test", 20) else r
+        for r in records()
+    ]
+    assert summarise(rows, 0.1, COST)["restricted"]["worst"] == "initFC+all · adam 1e-3"
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert (percent(0.8734), percent(None), ratio(None), ratio(0.5)) == ("87.3 %", "–", "not reached", "0.50")
+    assert (signed_points(-0.123), signed_points(0.05)) == ("−12.3", "+5.0")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A run's folder with made-up records, and its report."""
+    RecordFile(tmp_path / "records.jsonl").append(records(2))  # two seeds: one check fails and must lead the page
+    recipe = {
+        "name": "a <b>bold</b> name",
+        "description": "d",
+        "model": {"name": "small_conv", "size": 8, "channels": 1},
+        "defence": {"name": "sophon", "tolerance": 0.03},
+        "audit": {"steps": 20},
+    }
+    domain = {"data": "digits", "classes": ["0", "1"], "train": 1, "validation": 1, "test": 1}
+    restricted = {**domain, "chance": 0.1, "defender": 1, "adversary": 1}
+    hardware = {"device": "cpu", "cpu": "x", "cores": 2, "precision": "bf16", "channels_last": True}
+    facts = {
+        "run_seed": 0,
+        "audit_seeds": [0, 1],
+        "battery": "quick",
+        "original": domain,
+        "restricted": restricted,
+        "hardware": hardware,
+        "python": "3",
+        "versions": {"torch": "2"},
+        "revision": "abc",
+        "weights_sha256": {"clean": "0" * 64, "protected": "1" * 64},
+    }
+    write_json(tmp_path / "run.json", {"schema": 1, "fingerprint": "f", "recipe": recipe})
+    write_json(tmp_path / "provenance.json", {"p": facts})
+    checks = [{"iteration": 10.0 * i, "original": 0.9, "restricted": 0.8 - 0.1 * i} for i in range(3)]
+    checks.append({"iteration": 30.0, "original": 0.5, "rolled_back": 1.0})
+    history = {"seconds": 5.0, "peak_memory_mb": 100.0, "rollbacks": 1, "checks": checks}
+    write_json(tmp_path / "protection" / "history.json", history)
+    write_report(tmp_path)
+    return tmp_path
+
+
+def test_the_page_stands_alone_and_leads_with_what_matters(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "http" not in re.sub(r"base64,[^\"]+", "", page)
+    assert "<b>bold</b>" not in page
+    order = [page.index(t) for t in ("Checks of this audit that fail", "Verdict:", "Worst case", "Learning curves")]
+    assert order == sorted(order)
+    assert page.count("data:image/png;base64,") == 4
+    markdown = (written / "report.md").read_text()
+    assert "| initFC+all · adam 1e-3 | scratch | 10.0 ± 0.0 | 50.2 ± 0.4 | 70.2 ± 0.4 |" in markdown
+    for name in ("curves", "attack-direct-all", "protection"):
+        assert (written / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+PROBE = """<script>
+addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("main *")].filter(
+    e => !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + 1).length;
+  const images = [...document.images], whole = images.filter(i => i.naturalWidth > 300).length;
+  document.title = `width=${innerWidth} scroll=${document.documentElement.scrollWidth} wide=${wide} `
+    + `images=${whole}/${images.length}`;
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_fits_desktop_and_phone(written: Path, tmp_path: Path, width: int) -> None:
+    probe = written / "probe.html"
+    probe.write_text((written / "report.html").read_text().replace("</body>", PROBE + "</body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", probe.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    found = re.search(r"<title>width=(\d+) scroll=(\d+) wide=(\d+) images=(\d+)/(\d+)</title>", dom)
+    assert found, dom[:300]
+    inner, scroll, wide, whole, images = map(int, found.groups())
+    assert scroll <= inner
+    assert wide == 0
+    assert whole == images == 4
