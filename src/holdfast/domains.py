@@ -49,6 +49,12 @@ class ImageData:
         flat = self.images.reshape(len(self), -1).cpu().numpy()
         return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in flat]
 
+    def sha256(self) -> str:
+        """One hash over all pixels and labels, in order."""
+        digest = hashlib.sha256(b"".join(self.digests()))
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Domain:

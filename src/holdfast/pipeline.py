@@ -260,6 +260,7 @@ class Run:
                     "validation": len(self.restricted.validation),
                     "test": len(test),
                     "duplicates_dropped": self.restricted.dropped,
+                    "sha256": {"adversary": self.halves[1].sha256(), "test": self.restricted.test.sha256()},
                 },
                 "original": {
                     "data": self.original.name,
@@ -268,6 +269,7 @@ class Run:
                     "validation": len(self.original.validation),
                     "test": len(self.original.test),
                     "duplicates_dropped": self.original.dropped,
+                    "sha256": {"train": self.original.train.sha256(), "test": self.original.test.sha256()},
                 }
                 if self.with_original
                 else None,

@@ -112,8 +112,8 @@ def accumulate_along_path(
         with runtime.autocast():
             outputs = learner(inputs)
         value = suppression(outputs, labels)
-        gradients = torch.autograd.grad(value, targets, allow_unused=True)
-        accumulator.add(names, gradients, weight * gamma)
+        if targets:  # none where the adversary re-initialised all there is
+            accumulator.add(names, torch.autograd.grad(value, targets, allow_unused=True), weight * gamma)
         total.add_(value.detach(), alpha=gamma)
 
     result = fit(

@@ -1,0 +1,89 @@
+"""From Python: a whole run in five lines, a module of one's own, a bundle in timm's hands."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.bundle import Bundle, load_bundle
+from holdfast.errors import UserError
+from holdfast.models import state_of
+from holdfast.recipes import parse_recipe
+
+
+class Mine(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.top = nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.top(self.conv(x).relu().mean((2, 3)))
+
+
+def test_a_whole_run(tmp_path: Path, recipe_file: Path) -> None:
+    recipe = holdfast.load_recipe(recipe_file)
+    summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
+    assert summary["verdict"] in ("held", "partial", "failed")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
+    recipe = replace(parse_recipe(tiny_recipe), model=holdfast.Architecture("mine", 8, 1, factory=Mine))
+    summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
+    assert summary["intactness"]["before"] > 0.2
+    model = holdfast.load_model(tmp_path / "run" / "bundle", recipe.model)
+    assert isinstance(model, Mine)
+
+
+def test_a_factory_by_name(tmp_path: Path, tiny_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\ndef net(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = parse_recipe({**tiny_recipe, "model": {"name": "theirs:net", "size": 8, "channels": 1}})
+    holdfast.run(recipe, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="needs the model factory"):
+        holdfast.load_model(tmp_path / "run" / "bundle")
+
+
+def test_timm_loads_a_bundle_by_itself(tmp_path: Path) -> None:
+    import timm
+
+    architecture = holdfast.Architecture("resnet10t", size=32, channels=1)
+    model = architecture.build(4).eval()
+    Bundle(state_of(model), architecture, ("a", "b", "c", "d"), {}).save(tmp_path / "bundle", "card")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'bundle'}", pretrained=True).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(theirs(x), model(x))
+    ours = load_bundle(tmp_path / "bundle")
+    assert ours.architecture == architecture
+
+
+def test_objects_without_a_recipe(original, restricted, architecture, clean_state, task, runtime) -> None:
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    defence = holdfast.Sophon(adversaries=1, inner_steps=2, inner_batch_size=(20,), iterations=2, check_every=1)
+    history = defence.protect(
+        model,
+        original,
+        restricted.halves(0)[0],
+        restricted_classes=5,
+        architecture=architecture,
+        task=task,
+        runtime=runtime,
+    )
+    assert len(history.checks) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_whole_run_on_a_gpu(tmp_path: Path, tiny_recipe) -> None:
+    recipe = parse_recipe({**tiny_recipe, "runtime": {"device": "cuda"}})
+    summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
+    assert summary["intactness"]["before"] > 0.5
