@@ -24,7 +24,7 @@ from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
 from holdfast.records import RecordFile, provenance
-from holdfast.runtime import Runtime, peak_memory_mb
+from holdfast.runtime import Runtime, peak_memory_mb, threads, threads_for
 from holdfast.seeding import derive
 from holdfast.tasks import Classification, Task
 
@@ -142,22 +142,26 @@ class Run:
             state = load_weights(weights)
         else:
             self._check_fresh("pre-training", checkpoint.exists())
-            state = pretrain(
-                self.architecture,
-                self.original,
-                self.recipe.pretrain,
-                self.task,
-                self.runtime,
-                seed=self.recipe.seed,
-                start=start,
-                checkpoint=checkpoint,
-                identity=fingerprint(self._identity()),
-                resume=self.resume,
-                reporter=self.reporter,
-            )
+            with threads(self._threads(self.architecture.build(len(self.original.classes)))):
+                state = pretrain(
+                    self.architecture,
+                    self.original,
+                    self.recipe.pretrain,
+                    self.task,
+                    self.runtime,
+                    seed=self.recipe.seed,
+                    start=start,
+                    checkpoint=checkpoint,
+                    identity=fingerprint(self._identity()),
+                    resume=self.resume,
+                    reporter=self.reporter,
+                )
         bundle = Bundle(state, self.architecture, self._head_classes(), {"stage": "clean", "source": weights})
         bundle.save(self.clean_folder, f"# {self.recipe.name}, before protection\n\nNot for release.\n")
         return bundle
+
+    def _threads(self, model: nn.Module) -> int | None:
+        return self.recipe.runtime.threads or threads_for(model, self.architecture.size)
 
     def _head_classes(self) -> tuple[str, ...]:
         return (self.original if self.with_original else self.restricted).classes
@@ -182,18 +186,19 @@ class Run:
         models.load_state(model, clean.state)
         defender, _ = self.halves
         started = time.monotonic()
-        history = self.recipe.defence_object.protect(
-            model,
-            self.original,
-            defender,
-            restricted_classes=len(self.restricted.classes),
-            architecture=self.architecture,
-            task=self.task,
-            runtime=self.runtime,
-            seed=self.recipe.seed,
-            identity=fingerprint(self._identity()),
-            workplace=Workplace(folder, self.resume, self.reporter),
-        )
+        with threads(self._threads(model)):
+            history = self.recipe.defence_object.protect(
+                model,
+                self.original,
+                defender,
+                restricted_classes=len(self.restricted.classes),
+                architecture=self.architecture,
+                task=self.task,
+                runtime=self.runtime,
+                seed=self.recipe.seed,
+                identity=fingerprint(self._identity()),
+                workplace=Workplace(folder, self.resume, self.reporter),
+            )
         seconds = history.seconds or time.monotonic() - started
         memory = peak_memory_mb(self.runtime.device)
         write_json(

@@ -23,12 +23,14 @@ PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", b
 
 @dataclass(frozen=True)
 class RuntimeSpec:
-    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `jobs`: audit processes (default: one a core)."""
+    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `jobs`: audit processes (default: one a core).
+    `threads`: of pre-training and protection (default: one for small networks, else torch's choice)."""
 
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
     jobs: int | None = None
+    threads: int | None = None
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -36,7 +38,9 @@ class RuntimeSpec:
             self.precision in ("auto", "float32", "bf16"),
             f"precision must be auto, float32 or bf16, but got '{self.precision}'",
         )
-        require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, but got {self.jobs}")
+        for name in ("jobs", "threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, but got {value}")
 
 
 @dataclass(frozen=True)
