@@ -189,8 +189,9 @@ class TestContract:
         assert s["intactness"] is None
         assert s["verdict"] != "held"
         assert not any(a["simulated"] for a in s["restricted"]["attacks"])
-        more = ["--original", "digits[0-4]", "--out", tmp_path / "both"]
-        code, _, err = call("audit", *arguments, *more)
+        more = ["--protected", finished / "bundle", "--clean", finished / "clean", "--restricted", "digits[5-9]"]
+        more += ["--original", "digits[0-4]", "--set", "audit={battery: paper-default, steps: 20, seeds: 2}"]
+        code, _, err = call("audit", *more, "--set", "runtime.jobs=1", "--out", tmp_path / "both")
         assert code == 0, err
         s = json.loads((tmp_path / "both" / "summary.json").read_text())
         assert s["intactness"]["ratio"] > 0.9

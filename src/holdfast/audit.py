@@ -176,7 +176,7 @@ def run_audit(cells: Sequence[CellWork], records: RecordFile, reporter: Reporter
     if not left:
         return
     on_cpu = left[0].runtime.device == "cpu"
-    workers = min(len(left), jobs or (os.cpu_count() or 1 if on_cpu else 1))
+    workers = min(len(left), jobs or os.cpu_count() or 1) if on_cpu else 1
     with reporter.bar("audit", len(cells), len(cells) - len(left)) as bar:
         for found in _results(left, workers):
             fresh = [r for r in found if (r.model, r.attack, r.seed) not in done]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from holdfast.bundle import is_bundle, load_bundle
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.pipeline import Run
@@ -116,7 +117,7 @@ def audit(
     out: Out,
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="The recipe of a run, or what to audit a checkpoint with."),
+        typer.Argument(metavar="RECIPE", help="The recipe of a run, or what to audit a checkpoint with."),
     ] = None,
     protected: Annotated[
         str | None,
@@ -124,7 +125,8 @@ def audit(
     ] = None,
     clean: Annotated[str | None, typer.Option(metavar="PATH", help="Its weights before protection.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Their model: small_conv, a timm name, or module:factory.")
+        str | None,
+        typer.Option(metavar="NAME", help="Their model: small_conv, a timm name, module:factory; a bundle knows."),
     ] = None,
     original: Annotated[
         str | None, typer.Option(metavar="DATA", help="Original domain, such as cifar10[0-4]; for intactness.")
@@ -154,6 +156,7 @@ def audit(
             "audit needs a RECIPE, or all of --protected, --clean and --restricted",
         )
         raw: dict[str, Any] = {"name": "audit of a checkpoint", "original": original or restricted}
+        raw["model"] = _model_of(clean, protected)
         loaded = parse_recipe(raw, None, [*given, *(changes or [])], "audit")
     if protected:
         require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
@@ -161,6 +164,15 @@ def audit(
     work = Run(replace(loaded), out, resume, Reporter(quiet), protected, has_original)
     _stage(work, "audit")
     _headlines(work.report(), out)
+
+
+def _model_of(*paths: str | None) -> dict[str, Any]:
+    """The `model` section that a bundle among `paths` knows; empty where none is a bundle."""
+    for path in paths:
+        if path is not None and is_bundle(Path(path)):
+            arch = load_bundle(Path(path)).architecture
+            return {n: getattr(arch, n) for n in ("name", "size", "channels", "mean", "std", "options")}
+    return {}
 
 
 @app.command()

@@ -105,10 +105,13 @@ def _context(
                 "models": [(m, attack[m], attack["deviation"][m]) for m in ("scratch", "clean", "protected")],
             }
         )
+    tables: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # attacks with another budget have other columns
+    for row in rows:
+        tables.setdefault(tuple(row["attack"]["steps"]), []).append(row)
     return {
         "summary": summary,
         "rows": rows,
-        "table_steps": summary["restricted"]["attacks"][0]["steps"],
+        "tables": list(tables.items()),
         "conclusion": conclusion(summary),
         "recipe": facts["manifest"]["recipe"],
         "fingerprint": facts["manifest"]["fingerprint"],

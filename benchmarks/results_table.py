@@ -1,0 +1,74 @@
+"""Print the tables of `docs/results` from finished runs: `python benchmarks/results_table.py RUN [RUN …]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(run: Path, name: str) -> Any:
+    """A JSON file of a run."""
+    return json.loads((run / name).read_text())
+
+
+def points(value: float | None) -> str:
+    """A metric in per cent."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def table(run: Path) -> str:
+    """One run as Markdown."""
+    summary, recipe = read(run, "summary.json"), read(run, "run.json")["recipe"]
+    facts = next(reversed(read(run, "provenance.json").values()))
+    restricted, intact = summary["restricted"], summary["intactness"]
+    worst = restricted["worst_case"]
+    lines = [
+        f"### {recipe['name']}, {recipe['defence'].get('suppression', recipe['defence']['name'])}: "
+        f"*{summary['verdict']}*",
+        "",
+        f"Original accuracy {points(intact['before'])} → {points(intact['after'])} % (ratio {intact['ratio']:.3f}). "
+        f"Worst case on restricted test data: protected **{points(worst['protected']['final'])}** "
+        f"(`{worst['protected']['attack']}`), clean {points(worst['clean']['final'])}, scratch "
+        f"{points(worst['scratch']['final'])}; chance {points(restricted['chance'])}. Along the way: "
+        f"{points(worst['protected']['along_the_way'])}, {points(worst['clean']['along_the_way'])}, "
+        f"{points(worst['scratch']['along_the_way'])}.",
+        "",
+        f"| attack, {restricted['attacks'][0]['steps'][-1]} steps | scratch | clean | protected | recovery | "
+        "cost ratio | protected − scratch, 95 % | alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for attack in restricted["attacks"]:
+        cells = [
+            f"{points(attack[m][-1])} ± {points(attack['deviation'][m][-1])}" for m in ("scratch", "clean", "protected")
+        ]
+        gap = " … ".join(f"{100 * v:+.1f}" for v in attack["interval"]) if attack["interval"] else "–"
+        ratio = "not reached" if attack["cost_ratio"] is None else f"{attack['cost_ratio']:.2f}"
+        recovery = "–" if attack["recovery"] is None else f"{100 * attack['recovery']:.0f}"
+        name = attack["name"] + (" (simulated)" if attack["simulated"] else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {recovery} | {ratio} | {gap} | {attack['verdict']} |")
+    hardware, versions, model, cost = facts["hardware"], facts["versions"], recipe["model"], summary["cost"]
+    lines += [
+        "",
+        f"{model['name']}, {model['channels']}×{model['size']}×{model['size']}; "
+        f"seed {facts['run_seed']}, audit seeds {', '.join(map(str, facts['audit_seeds']))}; adversary "
+        f"{facts['restricted']['adversary']} images, test {facts['restricted']['test']}; protection "
+        f"{cost['protect_seconds']:.0f} s, audit {cost['audit_seconds']:.0f} s of processor time; "
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['precision']}; torch {versions['torch']}, timm "
+        f"{versions['timm']}; source {facts['revision']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a table for each run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    for run in parser.parse_args().runs:
+        print(table(run))
+
+
+if __name__ == "__main__":
+    main()
