@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 class Reporter:
@@ -37,9 +38,18 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-            last = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self.live = Progress(*columns, *last, console=self.console)
+            width = 2 * len(str(self.total)) + 1
+            self.live = Progress(
+                TextColumn("{task.description}", table_column=Column(min_width=len(self.what))),
+                BarColumn(None, table_column=Column(min_width=6, max_width=24, ratio=1)),
+                MofNCompleteColumn(table_column=Column(min_width=width)),
+                TimeElapsedColumn(table_column=Column(min_width=7)),
+                TextColumn("left", table_column=Column(min_width=4)),
+                TimeRemainingColumn(table_column=Column(min_width=7)),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=4, no_wrap=True, overflow="ellipsis")),
+                console=self.console,
+                expand=True,
+            )
             self.live.start()
             self.task = self.live.add_task(self.what, total=self.total, completed=self.done, note="")
         return self
