@@ -154,7 +154,8 @@ def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(
     for n in range(2):
         seed = derive(0, "simulation", 1, 0, n)
         tuning = spec.draw(0, 1, 0, n)
-        engine.simulator.simulate(model.state_dict(), tuning, engine.gammas, engine.suppression, accumulator, 0.5, seed)
+        engine.simulator.simulate(model.state_dict(), tuning, engine.gammas, engine.suppression, accumulator, seed)
+    accumulator.scale(0.5)
     norm = torch.sqrt(sum((g**2).sum() for g in accumulator.sums.values())).item()
     scale = min(1.0, 0.1 / norm)
     engine.suppress(1, 0, strength=0.5)
@@ -248,3 +249,37 @@ def test_a_real_timm_model(task, runtime) -> None:
 def test_values_out_of_range(bad) -> None:
     with pytest.raises(UserError):
         Sophon(**bad)
+
+
+def test_one_adversary_that_diverges_does_not_spoil_the_others(
+    clean_state, original, restricted, architecture, task, runtime, monkeypatch
+) -> None:
+    from holdfast.defences.sophon import _Engine
+
+    spec = replace(QUICK_SOPHON, adversaries=2)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    engine = _Engine(spec, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
+    whole, calls = type(engine.simulator).simulate, []
+
+    def first_diverges(self, *arguments):
+        value = whole(self, *arguments)
+        calls.append(value)
+        return float("nan") if len(calls) % 2 else value
+
+    monkeypatch.setattr(type(engine.simulator), "simulate", first_diverges)
+    assert engine.suppress(1, 0, 1.0) == pytest.approx(calls[1])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_probe_that_diverges_is_never_selected(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    from holdfast.defences.sophon import _Engine
+
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    with torch.no_grad():
+        model[14].weight.fill_(float("inf"))
+    engine = _Engine(QUICK_SOPHON, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
+    assert engine.probe("keep") == 1.0

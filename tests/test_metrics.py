@@ -2,7 +2,16 @@
 
 import pytest
 
-from holdfast.metrics import area, cost_ratio, evaluation_steps, recovery, retention, steps_to_reach, verdict
+from holdfast.metrics import (
+    area,
+    cost_ratio,
+    evaluation_steps,
+    recovery,
+    retention,
+    scratch_learns,
+    steps_to_reach,
+    verdict,
+)
 from holdfast.statistics import deviation, interval, mean, paired
 
 
@@ -26,9 +35,16 @@ def test_steps_to_reach_interpolates() -> None:
 
 def test_cost_ratio() -> None:
     steps, scratch = [0, 10, 20], [0.1, 0.32, 0.52]  # target 0.50: scratch arrives at step 19
-    assert cost_ratio(steps, [0.1, 0.5, 0.9], scratch) == pytest.approx(10 / 19)
-    assert cost_ratio(steps, [0.1, 0.1, 0.2], scratch) is None
-    assert cost_ratio(steps, scratch, scratch) == pytest.approx(1)
+    assert cost_ratio(steps, [0.1, 0.5, 0.9], scratch, 0.1) == pytest.approx(10 / 19)
+    assert cost_ratio(steps, [0.1, 0.1, 0.2], scratch, 0.1) is None
+    assert cost_ratio(steps, scratch, scratch, 0.1) == pytest.approx(1)
+
+
+def test_without_learning_from_scratch_there_is_no_cost_to_compare_with() -> None:
+    flat = [0.1, 0.11, 0.12]
+    assert not scratch_learns([0, 10, 20], flat, 0.1)
+    assert cost_ratio([0, 10, 20], [0.5, 0.7, 0.9], flat, 0.1) is None
+    assert scratch_learns([0, 10, 20], [0.1, 0.3, 0.5], 0.1)
 
 
 def test_area_leaves_step_0_out() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
 from holdfast.layers import executed_layers, find_head, initialise_head, last_layers
 from holdfast.models import Architecture, load_state, load_weights, save_weights, state_of
 
@@ -99,6 +100,45 @@ def test_small_conv_has_the_documented_number_of_parameters() -> None:
     assert count == pytest.approx(94_000, rel=0.01)
 
 
+class Block(nn.Module):
+    """A block that owns a scale besides its layers, as BEiT's and ConvNeXt's do; it runs after its children."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gamma * self.inner(x)
+
+
+def test_re_initialising_the_last_layers_leaves_what_is_inside_a_block() -> None:
+    def net(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), Block(6), nn.Linear(6, classes))
+
+    architecture = Architecture("mine", 8, 1, factory=net)
+    state = {k: v + 5 for k, v in architecture.build(3).state_dict().items()}
+    model = architecture.build(3)
+    tuning = FineTuning.named("last-k+all", k=1)
+    assert tuning.initialise_from(model, state, architecture, 3, 0) == {"3.weight", "3.bias"}
+    tuning = FineTuning.named("last-k+all", k=2)
+    fresh = tuning.initialise_from(model, state, architecture, 3, 0)
+    assert fresh == {"2.inner.weight", "2.inner.bias", "2.gamma", "3.weight", "3.bias"}
+    assert torch.equal(model[1].weight, state["1.weight"])
+
+
+@pytest.mark.parametrize(("name", "count"), [("convnext_atto", 7), ("vit_tiny_patch16_224", 6), ("resnet18", 5)])
+def test_last_2_of_real_models_is_two_layers_and_their_norms(name: str, count: int) -> None:
+    """Of ConvNeXt: fc2 with its bias and scale, the norm and the head with their biases."""
+    architecture = Architecture(name, size=32)
+    model = architecture.build(4)
+    state = state_of(architecture.build(4, seed=1))
+    fresh = FineTuning.named("last-k+all", k=2).initialise_from(model, state, architecture, 4, 0)
+    assert len(fresh) == count
+    kept = [n for n, _ in model.named_parameters() if n not in fresh]
+    assert all(torch.equal(model.state_dict()[n], state[n]) for n in kept)
+
+
 def test_an_unknown_model_names_near_ones() -> None:
     with pytest.raises(UserError, match="unknown model 'resnet81'"):
         Architecture("resnet81").build(3)
@@ -119,6 +159,12 @@ class TestWeights:
             assert found.keys() == state.keys()
             assert all(torch.equal(found[k], state[k]) for k in state)
 
+    def test_tied_weights_are_saved(self, tmp_path: Path) -> None:
+        w = torch.ones(3)
+        save_weights(tmp_path / "w.safetensors", {"a": w, "b": w, "c": w[1:]})
+        assert load_weights(tmp_path / "w.safetensors")["c"].tolist() == [1, 1]
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
         class Trap:
             def __reduce__(self):

@@ -10,7 +10,7 @@ from torch import nn
 import holdfast
 from holdfast.bundle import Bundle, load_bundle
 from holdfast.errors import UserError
-from holdfast.models import state_of
+from holdfast.models import save_weights, state_of
 from holdfast.recipes import parse_recipe
 
 
@@ -41,6 +41,28 @@ def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
     assert isinstance(model, Mine)
 
 
+def test_other_numbers_of_classes(tmp_path: Path, tiny_recipe) -> None:
+    raw = {**tiny_recipe, "restricted": {"data": "digits[5-7]", "per_class": 60, "test_per_class": 20}}
+    with pytest.raises(UserError, match=r"head and classes do not agree.*inner_initialise to \[head\]"):
+        holdfast.run(parse_recipe(raw), tmp_path / "refused", quiet=True)
+    assert not (tmp_path / "refused").exists()
+    recipe = parse_recipe(raw, changes=["defence.inner_initialise=[head]"])
+    summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
+    assert [a["name"] for a in summary["restricted"]["attacks"] if a["name"].startswith("direct")] == []
+    assert "without direct+all" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_content_that_changed_under_a_run_is_refused(tmp_path: Path, tiny_recipe) -> None:
+    architecture = parse_recipe(tiny_recipe).model
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, state_of(architecture.build(5, seed=1)))
+    recipe = parse_recipe({**tiny_recipe, "weights": str(weights)})
+    holdfast.run(recipe, tmp_path / "run", quiet=True)
+    save_weights(weights, state_of(architecture.build(5, seed=2)))
+    with pytest.raises(UserError, match=r"was audited on other content .weights changed since"):
+        holdfast.run(recipe, tmp_path / "run", resume=True, quiet=True)
+
+
 def test_a_factory_by_name(tmp_path: Path, tiny_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs.py").write_text(
         "from torch import nn\ndef net(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
@@ -52,10 +74,11 @@ def test_a_factory_by_name(tmp_path: Path, tiny_recipe, monkeypatch: pytest.Monk
         holdfast.load_model(tmp_path / "run" / "bundle")
 
 
-def test_timm_loads_a_bundle_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timm_loads_a_bundle_by_itself(name: str, tmp_path: Path) -> None:
     import timm
 
-    architecture = holdfast.Architecture("resnet10t", size=32, channels=1)
+    architecture = holdfast.Architecture(name, size=32, channels=1)
     model = architecture.build(4).eval()
     Bundle(state_of(model), architecture, ("a", "b", "c", "d"), {}).save(tmp_path / "bundle", "card")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'bundle'}", pretrained=True).eval()

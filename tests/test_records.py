@@ -1,14 +1,14 @@
 """Records: whole cells or none, whatever happened to the file."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import UserError
 from holdfast.files import RunFolder, write_atomic
-from holdfast.records import Record, RecordFile, curves, field_names, provenance, source_revision
+from holdfast.records import Record, RecordFile, curves, provenance, source_revision
 
 ONE = Record("protected", "direct+all", 0, 0, 4, "test", "accuracy", 0.5, 1.2, 0, 0.1, False, False, "abc")
 
@@ -26,7 +26,7 @@ def test_round_trip_and_one_json_object_a_line(tmp_path: Path) -> None:
     file.append(cell())
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    assert list(json.loads(lines[0])) == field_names()
+    assert list(json.loads(lines[0])) == [f.name for f in fields(Record)]
     assert file.read() == cell()
     assert curves(file.read(), "protected", "direct+all", "test") == ([0, 2, 4], [0], [[0, 0.2, 0.4]])
 
@@ -73,18 +73,20 @@ def test_provenance_names_versions_revision_and_hardware(runtime) -> None:
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     mine, other = {"recipe": {"name": "a", "seed": 1}}, {"recipe": {"name": "b", "seed": 2}}
     folder = RunFolder(tmp_path / "run")
-    folder.claim(mine)
-    folder.claim(mine)
+    for _ in range(2):
+        with folder.claim(mine):
+            pass
     before = folder.manifest.read_bytes()
     with pytest.raises(UserError, match=r"belongs to another run .'a'"):
-        folder.claim(other)
+        folder.claim(other).__enter__()
     assert folder.manifest.read_bytes() == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
     with pytest.raises(UserError, match="is not empty"):
-        RunFolder(tmp_path / "photos").claim(mine)
+        RunFolder(tmp_path / "photos").claim(mine).__enter__()
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     with pytest.raises(UserError, match="is a file"):
-        RunFolder(tmp_path / "photos" / "holiday.jpg").claim(mine)
+        RunFolder(tmp_path / "photos" / "holiday.jpg").claim(mine).__enter__()
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from holdfast.audit import ORIGINAL
 from holdfast.checks import run_checks
 from holdfast.files import write_json
 from holdfast.records import Record, RecordFile
-from holdfast.report.words import percent, ratio, signed_points
+from holdfast.report.words import conclusion, percent, ratio, signed_points
 from holdfast.report.write import write_report
 from holdfast.summary import summarise
 
@@ -82,6 +82,18 @@ def test_divergence_is_flagged() -> None:
     s = summarise(records(), 0.1, COST)
     checks = {c.name: c.passed for c in run_checks(s["restricted"]["attacks"], 3, 0.1, ["direct+all"], True)}
     assert not checks["no attack diverged"]
+    broken = [replace(r, diverged=r.model == "clean" and r.attack == "initFC+FC") for r in records()]
+    failing = [c for c in summarise(broken, 0.1, COST)["checks"] if not c["passed"]]
+    assert [c["message"] for c in failing] == ["not finite under: initFC+FC (clean)"]
+
+
+def test_a_spoilt_model_is_called_spoilt_whatever_the_verdict() -> None:
+    curves = {"direct+all": CURVES["direct+all"]}
+    rows = [replace(r, value=0.2) if (r.attack, r.model) == (ORIGINAL, "protected") else r for r in records(3, curves)]
+    s = summarise(rows, 0.1, COST)
+    assert s["verdict"] == "held"
+    assert "own ability is lost: 90.0 % → 20.0 %" in " ".join(conclusion(s))
+    assert "ability is lost" not in " ".join(conclusion(summarise(records(3, curves), 0.1, COST)))
 
 
 def test_the_worst_case_is_chosen_on_validation_data() -> None:
@@ -143,7 +155,7 @@ def test_the_page_stands_alone_and_leads_with_what_matters(written: Path) -> Non
     assert page.count("data:image/png;base64,") == 4
     markdown = (written / "report.md").read_text()
     assert "| initFC+all · adam 1e-3 | scratch | 10.0 ± 0.0 | 50.2 ± 0.4 | 70.2 ± 0.4 |" in markdown
-    for name in ("curves", "attack-direct-all", "protection"):
+    for name in ("curves", "attack-2-direct-all", "protection"):
         assert (written / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -21,17 +21,18 @@ STEPS = 6
 
 @pytest.fixture
 def batches(restricted, runtime):
-    adapt, evaluate = holdout(restricted.halves(0)[0], 0.3, generator(0, "test"))
-    first = list(minibatches(adapt, 20, STEPS, 1, runtime))
-    second = list(minibatches(evaluate, 10, STEPS, 2, runtime))
+    half = restricted.halves(0)[0]
+    adapt, evaluate = holdout(half.labels, 0.3, generator(0, "test"))
+    first = list(minibatches(half, 20, STEPS, 1, runtime, within=adapt))
+    second = list(minibatches(half.subset(evaluate), 10, STEPS, 2, runtime))
     return first, second
 
 
-def ours(model, tuning, batches, gammas, weight=1.0, runtime=None):
+def ours(model, tuning, batches, gammas, runtime=None):
     accumulator = Accumulator()
     parameters = list(model.parameters())
     adapt, held_out = batches
-    loss, _ = accumulate_along_path(
+    loss = accumulate_along_path(
         model,
         tuning,
         parameters,
@@ -42,7 +43,6 @@ def ours(model, tuning, batches, gammas, weight=1.0, runtime=None):
         suppression=inverse_cross_entropy,
         accumulator=accumulator,
         names=[n for n, _ in model.named_parameters()],
-        weight=weight,
         runtime=runtime or Runtime(),
     )
     return accumulator.sums, loss
@@ -137,6 +137,11 @@ def test_accumulator_adds_and_applies_by_name(architecture) -> None:
     assert model[14].weight.grad is None
     assert model[14].bias.grad is None
     assert accumulator.finite()
+    other = Accumulator()
+    other.merge(accumulator)
+    other.scale(2)
+    assert other.sums["0.weight"].unique().tolist() == [1.5]
+    assert accumulator.sums["0.weight"].unique().tolist() == [0.75]
 
 
 class TestSimulator:
@@ -146,7 +151,7 @@ class TestSimulator:
     def run(self, simulator, model, tuning, seed=3):
         accumulator = Accumulator()
         gammas = step_weights("uniform", tuning.steps)
-        done = simulator.simulate(model.state_dict(), tuning, gammas, inverse_cross_entropy, accumulator, 1.0, seed)
+        done = simulator.simulate(model.state_dict(), tuning, gammas, inverse_cross_entropy, accumulator, seed)
         return done, accumulator.sums
 
     def test_the_model_its_batch_statistics_and_its_mode_are_untouched(
@@ -195,12 +200,12 @@ class TestSimulator:
         model.load_state_dict(clean_state)
         simulator = self.simulator(architecture, restricted, task, runtime)
         self.run(simulator, model, tuning, seed=9)
-        adapt, _ = holdout(simulator.data, simulator.held_out_fraction, generator(9, "holdout"))
+        adapt, _ = holdout(simulator.data.labels, simulator.held_out_fraction, generator(9, "holdout"))
         twin = architecture.build(5)
         tuning.initialise_from(twin, clean_state, architecture, 5, derive(9, "init"))
         twin.train()
         optimiser = torch.optim.Adam(twin.parameters(), 1e-3)
-        for x, y in minibatches(adapt, 20, 4, derive(9, "adapt"), runtime):
+        for x, y in minibatches(simulator.data.subset(adapt), 20, 4, derive(9, "adapt"), runtime):
             optimiser.zero_grad()
             F.cross_entropy(twin(x), y).backward()
             optimiser.step()
@@ -214,16 +219,18 @@ class TestSimulator:
         model.load_state_dict(broken)
         simulator = self.simulator(architecture, restricted, task, runtime)
         done, sums = self.run(simulator, model, FineTuning(steps=3, batch_size=20))
-        assert math.isnan(done.suppression)
+        assert math.isnan(done)
         assert sums == {}
 
 
 def test_held_out_data_are_disjoint_and_stratified(restricted) -> None:
     data = restricted.halves(0)[0]
-    adapt, evaluate = holdout(data, 0.25, generator(1, "x"))
-    assert not set(adapt.digests()) & set(evaluate.digests())
+    adapt, evaluate = holdout(data.labels, 0.25, generator(1, "x"))
+    assert not set(adapt.tolist()) & set(evaluate.tolist())
     assert len(adapt) + len(evaluate) == len(data)
-    assert set(evaluate.labels.tolist()) == set(range(5))
+    assert set(data.labels[evaluate].tolist()) == set(range(5))
+    with pytest.raises(UserError, match="class 1 has one image"):
+        holdout(torch.tensor([0, 0, 1]), 0.2, generator(1, "x"))
 
 
 def test_no_graph_outlives_its_step(batches, architecture, clean_state) -> None:
@@ -265,7 +272,6 @@ def test_no_graph_outlives_its_step(batches, architecture, clean_state) -> None:
             suppression=inverse_cross_entropy,
             accumulator=Accumulator(),
             names=[n for n, _ in model.named_parameters()],
-            weight=1.0,
             runtime=Runtime(),
         )
     assert len(counts) == STEPS

@@ -16,7 +16,8 @@ from PIL import Image
 from holdfast.domains import DomainSpec, load_domain, parse_selection, sample, select_classes
 from holdfast.errors import UserError
 from holdfast.preprocessing import Preprocessing
-from holdfast.sources import TORCHVISION, known_names, open_source
+from holdfast.sources import known_names, open_source
+from holdfast.torchvision_sets import TORCHVISION
 
 COLOUR = Preprocessing(8, 3)
 GREY = Preprocessing(8, 1)
@@ -33,11 +34,13 @@ def encoded(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Path:
+def write_folder(
+    root: Path, per_class: int = 8, classes: tuple[str, ...] = ("cat", "dog", "emu"), offset: int = 0
+) -> Path:
     for c, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(per_class):
-            picture(100 * c + i).save(root / name / f"{i}.png")
+            picture(offset + 100 * c + i).save(root / name / f"{i}.png")
     return root
 
 
@@ -74,8 +77,8 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_class_folders_with_splits(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val", 2)
-    write_folder(tmp_path / "test", 3)
+    write_folder(tmp_path / "val", 2, offset=1000)
+    write_folder(tmp_path / "test", 3, offset=2000)
     domain = load_domain(DomainSpec(f"folder:{tmp_path}[dog,cat]"), GREY)
     assert domain.classes == ("dog", "cat")
     assert domain.test.images.shape == (6, 1, 8, 8)
@@ -196,6 +199,19 @@ def test_images_are_made_to_fit() -> None:
     assert x[0, :, 0, 0].tolist() == pytest.approx([5.0, 3.0, 1.75])
 
 
+def test_what_is_in_the_test_data_is_nowhere_else(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "val", 4, offset=6)  # two of each class are in the training data
+    write_folder(tmp_path / "test", 3, offset=8)  # two of each class are in the validation data
+    domain = load_domain(str(tmp_path), COLOUR)
+    assert (len(domain.train), len(domain.validation), len(domain.test)) == (18, 6, 9)
+    assert domain.dropped == 12
+    write_folder(tmp_path / "same" / "train")
+    write_folder(tmp_path / "same" / "test")
+    with pytest.raises(UserError, match="must differ"):
+        load_domain(str(tmp_path / "same"), COLOUR)
+
+
 class TestBadData:
     def test_missing(self) -> None:
         with pytest.raises(UserError, match=r"unknown domain 'digit' .did you mean 'digits'"):
@@ -235,6 +251,12 @@ class TestBadData:
         pq.write_table(pa.table({"text": ["x"], "label": [0]}), tmp_path / "b.parquet")
         with pytest.raises(UserError, match="no image column"):
             open_source(str(tmp_path / "b.parquet"))
+
+    def test_labels_that_are_words(self, tmp_path: Path) -> None:
+        table = pa.table({"image": [{"bytes": b"", "path": ""}] * 2, "label": ["cat", "dog"]})
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match="labels must be integers"):
+            open_source(str(tmp_path / "a.parquet"))
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds no class folders"):

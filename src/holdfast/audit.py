@@ -130,7 +130,8 @@ def run_cell(work: CellWork) -> list[Record]:
 
 
 def plan_cells(
-    spec: AuditSpec,
+    attacks: Sequence[Attack],
+    evaluations: int,
     states: Mapping[str, State],
     architecture: Architecture,
     domain: Domain,
@@ -142,9 +143,8 @@ def plan_cells(
 ) -> Iterator[CellWork]:
     """Every cell of the grid attacks × seeds × models. `adversary`: its data for each seed, the same for all models.
     From-scratch runs with the same optimisation are one cell."""
-    attacks = spec.all_attacks()
     common: dict[str, Any] = {
-        "evaluations": spec.evaluations,
+        "evaluations": evaluations,
         "architecture": architecture,
         "classes": len(domain.classes),
         "held_out": {"validation": domain.validation, "test": domain.test},
@@ -155,7 +155,7 @@ def plan_cells(
     controls: dict[FineTuning, list[Attack]] = {}
     for attack in attacks:
         controls.setdefault(attack.tuning.control(), []).append(attack)
-    for seed, train in zip(range(spec.seeds), adversary, strict=True):
+    for seed, train in enumerate(adversary):
         for attack in attacks:
             known = (simulates(attack.tuning),)
             for model in ("protected", "clean"):
@@ -195,10 +195,12 @@ def _results(cells: Sequence[CellWork], workers: int) -> Iterator[list[Record]]:
             yield from map(run_cell, cells)
         return
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
     parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
     yield from parallel(delayed(_single_threaded)(cell) for cell in cells)
+    get_reusable_executor().shutdown(wait=True)  # only then is the workers' peak memory known
 
 
 def _single_threaded(cell: CellWork) -> list[Record]:

@@ -44,7 +44,7 @@ class Bundle:
                 "input_size": [arch.channels, arch.size, arch.size],
                 "mean": mean,
                 "std": std,
-                "fixed_input_size": False,
+                "fixed_input_size": _fixed_size(arch),
                 "label_names": list(self.classes),
             },
             "holdfast": {
@@ -62,12 +62,27 @@ class Bundle:
 
 
 def _model_args(arch: Architecture) -> dict[str, Any]:
-    return {"in_chans": arch.channels, **arch.options} if arch.name != "small_conv" else {}
+    """What `timm.create_model` needs beside the number of classes; for a vision transformer its input size too."""
+    size = {"img_size": arch.size} if _fixed_size(arch) else {}
+    return {"in_chans": arch.channels, **size, **arch.options} if arch.name != "small_conv" else {}
+
+
+def _fixed_size(arch: Architecture) -> bool:
+    import timm
+
+    config = timm.get_pretrained_cfg(arch.name) if timm.is_model(arch.name) else None
+    return bool(config is not None and config.fixed_input_size)
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a whole bundle."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def read_weights(path: str, architecture: Architecture) -> State:
+    """Weights from a file, or from a bundle's folder, whose hash is then checked."""
+    folder = Path(path).expanduser()
+    return load_bundle(folder, architecture).state if is_bundle(folder) else load_weights(folder)
 
 
 def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundle:

@@ -28,7 +28,7 @@ class Check:
 def run_checks(
     attacks: Sequence[dict[str, Any]], seeds: int, chance: float, diverged: Sequence[str], intactness: bool
 ) -> list[Check]:
-    """Checks over the summary's list of attacks, the number of seeds, and the names of attacks that diverged."""
+    """Checks over the summary's list of attacks, the number of seeds, and what diverged (`attack (model)`)."""
     best_clean = max(a["clean"][-1] for a in attacks)
     best_scratch = max(a["scratch"][-1] for a in attacks)
     idle = [a["name"] for a in attacks if a["clean"][-1] - chance < LEARNS]
@@ -48,7 +48,7 @@ def run_checks(
         Check(
             "pre-training helps the attacker",
             any(a["clean_ahead"] for a in attacks),
-            "the clean model beats scratch along the way under some attack"
+            "the clean model is more than 2 points ahead of scratch along the way under some attack"
             if any(a["clean_ahead"] for a in attacks)
             else "the clean model is nowhere better than scratch: there is nothing to protect in this pair",
         ),

@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other processes
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +16,7 @@ import typer
 from holdfast.bundle import is_bundle, load_bundle
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
+from holdfast.inputs import Inputs
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, list_recipes, load_recipe, parse_recipe
@@ -51,9 +51,8 @@ def _load(recipe: str, preset: str | None, changes: list[str] | None) -> Recipe:
 
 def _stage(run: Run, stage: str) -> None:
     """Run one stage of the chain in the folder's lock, after all input has been read."""
-    run.preflight()
-    with RunFolder(run.out).lock():
-        run.claim()
+    run.inputs.check()
+    with run.claim():
         getattr(run, stage)()
 
 
@@ -67,7 +66,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain: pre-train where needed, protect, audit, report."""
-    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
     _headlines(work.all(), out)
 
 
@@ -79,7 +78,7 @@ def demo(
     changes: Set = None,
 ) -> None:
     """The whole chain on built-in digits in about a minute: 0-4 are kept, 5-9 are restricted."""
-    _headlines(Run(_load("demo", None, changes), out, resume, Reporter(quiet)).all(), out)
+    _headlines(Run(Inputs(_load("demo", None, changes)), out, resume, Reporter(quiet)).all(), out)
 
 
 @app.command()
@@ -92,7 +91,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train the recipe's model on the original domain; the clean model goes to DIR/clean."""
-    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
     _stage(work, "pretrain")
     typer.echo(f"clean model: {work.clean_folder}")
 
@@ -107,7 +106,7 @@ def protect(
     quiet: Quiet = False,
 ) -> None:
     """Protect the recipe's model; the bundle to release goes to DIR/bundle."""
-    work = Run(_load(recipe, preset, changes), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
     _stage(work, "protect")
     typer.echo(f"protected model: {work.bundle_folder}")
 
@@ -161,7 +160,7 @@ def audit(
     if protected:
         require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
     has_original = protected is None or recipe is not None or original is not None
-    work = Run(replace(loaded), out, resume, Reporter(quiet), protected, has_original)
+    work = Run(Inputs(loaded, protected, has_original), out, resume, Reporter(quiet))
     _stage(work, "audit")
     _headlines(work.report(), out)
 
@@ -183,6 +182,7 @@ def report(
     from holdfast.report.write import write_report
 
     require(out.is_dir(), f"folder not found: {out}")
+    require(RunFolder(out).manifest.is_file(), f"{out} holds no run of holdfast (no run.json)")
     with RunFolder(out).lock():
         _headlines(write_report(out), out)
 
@@ -210,7 +210,8 @@ def list_(
 def _listing(what: str) -> dict[str, str]:
     from holdfast.attacks.batteries import BATTERIES
     from holdfast.defences.registry import DEFENCES
-    from holdfast.sources import TORCHVISION, known_names
+    from holdfast.sources import known_names
+    from holdfast.torchvision_sets import TORCHVISION
 
     if what == "defences":
         return {n: (c.__doc__ or "").strip().split("\n")[0] for n, c in DEFENCES.items()}
@@ -239,12 +240,12 @@ def _describe(path: Path) -> str:
     import yaml
 
     raw = yaml.safe_load(path.read_text())
-    return str(raw.get("description", "")).strip().split("\n")[0]
+    return str(raw.get("description", "")).strip().split("\n")[0] if isinstance(raw, dict) else "(no recipe)"
 
 
 def _headlines(summary: dict[str, Any], out: Path) -> None:
     """The path of the report and its three headline figures."""
-    from holdfast.report.words import percent, ratio
+    from holdfast.report.words import cost, percent
 
     restricted, intact = summary["restricted"], summary["intactness"]
     worst, lead = restricted["worst_case"], restricted["attacks"][0]
@@ -260,7 +261,7 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
         f"intactness   {kept}",
         f"worst case   protected {percent(worst['protected']['final'])}, clean {percent(worst['clean']['final'])}, "
         f"from scratch {percent(worst['scratch']['final'])}   under {restricted['worst']}",
-        f"cost ratio   {ratio(lead['cost_ratio'])}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
+        f"cost ratio   {cost(lead)}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
         f"report       {(out / 'report.html').resolve()}",
     ]
     typer.echo("\n".join(lines))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import UserError, one_line, require
+from holdfast.imagesets import Labels, Source, Split
 from holdfast.preprocessing import Preprocessing
 from holdfast.runtime import Runtime
 from holdfast.seeding import generator
-from holdfast.sources import Labels, Source, Split, open_source
+from holdfast.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Domain:
     train: ImageData
     validation: ImageData
     test: ImageData
-    dropped: int = 0  # training images whose pixels occur a second time in the domain
+    dropped: int = 0  # training and validation images whose pixels occur a second time in the domain
 
     def halves(self, seed: int) -> tuple[ImageData, ImageData]:
         """The defender's and the adversary's halves of the training data (SOPHON, §5.1.4).
@@ -145,8 +146,10 @@ def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int 
         "validation": _decode(validation or source.train, held["validation"], chosen, preprocessing),
         "test": _decode(test or source.train, held["test"], chosen, preprocessing),
     }
-    kept, dropped = _without_duplicates(data["train"], (data["validation"], data["test"]))
-    return Domain(spec.data, tuple(source.classes[c] for c in chosen), kept, data["validation"], data["test"], dropped)
+    checked, again = _without_duplicates(data["validation"], (data["test"],))
+    kept, dropped = _without_duplicates(data["train"], (checked, data["test"]))
+    names = tuple(source.classes[c] for c in chosen)
+    return Domain(spec.data, names, kept, checked, data["test"], dropped + again)
 
 
 def parse_selection(text: str) -> tuple[str, str | None]:
@@ -215,7 +218,7 @@ def _decode(split: Split, picked: dict[int, Labels], chosen: list[int], preproce
 
 
 def _without_duplicates(train: ImageData, held: Iterable[ImageData]) -> tuple[ImageData, int]:
-    """Drop training images whose pixels occur again: in held-out data, or earlier in the training data itself (they
+    """Drop images whose pixels occur again: in the held-out data `held`, or earlier in these data themselves (they
     would otherwise fall into both halves)."""
     seen = {d for data in held for d in data.digests()}
     keep = []
@@ -223,6 +226,9 @@ def _without_duplicates(train: ImageData, held: Iterable[ImageData]) -> tuple[Im
         if digest not in seen:
             keep.append(i)
             seen.add(digest)
+    require(
+        bool(keep), "all images of a split occur in the other splits too: training, validation and test must differ"
+    )
     return train.subset(torch.tensor(keep, dtype=torch.int64)), len(train) - len(keep)
 
 
@@ -258,14 +264,14 @@ def _take_evenly(parts: list[Tensor], total: int) -> list[Tensor]:
     return [p[:n] for p, n in zip(parts, counts, strict=True)]
 
 
-def holdout(data: ImageData, fraction: float, rng: torch.Generator) -> tuple[ImageData, ImageData]:
-    """Two disjoint, stratified parts, at random: to adapt on, and `fraction` of each class (at least one image) to
-    evaluate on."""
+def holdout(labels: Tensor, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of two disjoint, stratified parts, at random: to adapt on, and `fraction` of each class (at least one
+    sample) to evaluate on. Raises `UserError` for a class of one sample."""
     adapt, evaluate = [], []
-    labels = data.labels.cpu()
-    for c in torch.unique(labels).tolist():
+    for c in torch.unique(labels.cpu()).tolist():
         where = _shuffled(labels, c, rng)
+        require(len(where) >= 2, f"class {c} has one image in the defender's half; simulation needs at least 2")
         n = min(max(1, round(len(where) * fraction)), len(where) - 1)
         evaluate.append(where[:n])
         adapt.append(where[n:])
-    return data.subset(torch.cat(adapt)), data.subset(torch.cat(evaluate))
+    return torch.cat(adapt), torch.cat(evaluate)

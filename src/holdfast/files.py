@@ -108,7 +108,7 @@ def fingerprint(value: Any) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`--out DIR` of one run. `claim` makes it ours; every stage keeps its files below it."""
+    """`--out DIR` of one run. `claim` makes and holds it ours; every stage keeps its files below it."""
 
     path: Path
 
@@ -116,11 +116,10 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.path / "run.json"
 
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Take the folder for the run that `identity` describes, or refuse it.
+    def check(self, identity: dict[str, Any]) -> None:
+        """`UserError` where the folder is not free for the run that `identity` describes. Nothing is written.
 
-        A new or empty folder is taken; one that holds the same run is continued; anything else is left untouched
-        and a `UserError` says whose it is.
+        A new or empty folder is free, and one that holds the same run.
         """
         mine = fingerprint(identity)
         if self.manifest.exists():
@@ -140,7 +139,16 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of holdfast (found {', '.join(sorted(others)[:3])}); "
                 "choose a new folder",
             )
-        write_json(self.manifest, {"schema": 1, "fingerprint": mine, **identity})
+
+    @contextlib.contextmanager
+    def claim(self, identity: dict[str, Any]) -> Iterator[None]:
+        """Take the folder for a run, or refuse it untouched, and hold it for the length of the block."""
+        self.check(identity)
+        with self.lock():
+            self.check(identity)
+            if not self.manifest.exists():
+                write_json(self.manifest, {"schema": 1, "fingerprint": fingerprint(identity), **identity})
+            yield
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from holdfast.domains import ImageData
 from holdfast.errors import UserError, require, unknown
-from holdfast.layers import initialise_head, last_layers
+from holdfast.layers import initialise_head, last_layers, owned_tensors
 from holdfast.models import Architecture, State, load_state
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
@@ -90,11 +90,10 @@ class FineTuning:
         return replace(self, initialise="scratch", train="all", k=1)
 
     def fresh_layers(self, model: nn.Module, architecture: Architecture, classes: int) -> list[str]:
-        """Names of the modules that this strategy re-initialises (`[""]`, the whole model, for `scratch`)."""
-        if self.initialise == "keep":
+        """Names of the modules that this strategy re-initialises (none for `keep`, and for `scratch`, which takes
+        all). `UserError` where the model has no such layers."""
+        if self.initialise in ("keep", "scratch"):
             return []
-        if self.initialise == "scratch":
-            return [""]
         if self.initialise == "head":
             return architecture.head(model, classes)
         return last_layers(model, self.k, architecture.example().to(next(model.parameters()).device))
@@ -107,24 +106,25 @@ class FineTuning:
         Returns the names of the parameters that were re-initialised. Raises `UserError` where a kept head has another
         number of classes.
         """
-        fresh = self.fresh_layers(model, architecture, classes)
-        if fresh == [""]:
+        parameters = {n for n, _ in model.named_parameters()}
+        if self.initialise == "scratch":
             load_state(model, architecture.build(classes, derive(seed, "scratch")).state_dict())
-            return {n for n, _ in model.named_parameters()}
-        prefixes = tuple(f"{name}." for name in fresh)
+            return parameters
+        layers = self.fresh_layers(model, architecture, classes)
         own = model.state_dict()
-        kept = {n: state[n] for n in own if n in state and not n.startswith(prefixes)} if prefixes else state
-        if not prefixes:
+        if not layers:
             self._check_head(own, state)
-        rest = {n: v for n, v in own.items() if n.startswith(prefixes)} if prefixes else {}
+        # Only the tensors that a layer owns itself: a block may own one (a scale), and hold much that is to be kept.
+        fresh = {n for layer in layers for n in owned_tensors(model, layer)}
+        source = own
         if self.initialise == "last-k":
-            new = architecture.build(classes, derive(seed, "last-k")).state_dict()
-            rest = {n: new[n] for n in rest}
-        load_state(model, {**kept, **rest})
+            source = architecture.build(classes, derive(seed, "last-k")).state_dict()
+        kept = {n: v for n, v in state.items() if n not in fresh}
+        load_state(model, {**kept, **{n: source[n] for n in fresh}})
         if self.initialise == "head":
-            for name in fresh:
+            for name in layers:
                 initialise_head(model.get_submodule(name), generator(seed, "head", name))
-        return {n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)}
+        return fresh & parameters
 
     def _check_head(self, own: Mapping[str, torch.Tensor], state: State) -> None:
         wrong = [n for n in own if n in state and own[n].shape != state[n].shape]

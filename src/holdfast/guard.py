@@ -68,6 +68,7 @@ class History:
     checks: list[dict[str, float]] = field(default_factory=list)
     rollbacks: int = 0
     seconds: float = 0.0
+    released: int | None = None  # the iteration whose state was released; 0: the unprotected model
 
 
 @dataclass
@@ -121,6 +122,7 @@ def run_guarded(
                 _save(workplace, model, optimisers, progress, good, best, identity)
                 saved = time.monotonic()
     load_state(model, best)
+    progress.history.released = progress.best_iteration
     return progress.history
 
 

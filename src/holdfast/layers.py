@@ -90,6 +90,14 @@ def last_layers(model: nn.Module, k: int, example: Tensor) -> list[str]:
     return order[weights[-k] :]
 
 
+def owned_tensors(model: nn.Module, layer: str) -> list[str]:
+    """Names in the state dict of the parameters and buffers that a layer owns itself, not through a child."""
+    module = model.get_submodule(layer)
+    owned = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    saved = model.state_dict().keys()
+    return [f"{layer}.{name}" for name, _ in owned if f"{layer}.{name}" in saved]
+
+
 def initialise_head(layer: nn.Module, rng: torch.Generator) -> None:
     """Xavier-uniform weight and zero bias, as SOPHON's published code re-initialises it; same draw on any device."""
     weight, bias = _weight(layer), layer.bias

@@ -172,8 +172,9 @@ def load_weights(path: str | Path) -> State:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write safetensors, atomically."""
-    write_atomic(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+    """Write safetensors, atomically. Tensors that share memory are written apart."""
+    apart = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    write_atomic(path, safetensors.torch.save(apart))
 
 
 def with_pretrained_normalisation(architecture: Architecture) -> Architecture:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ class RecordFile:
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")
-        torn = lines.pop()  # empty where the last line is whole
-        del torn
+        lines.pop()  # empty where the last line is whole, else torn
         return [self._parse(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def _parse(self, line: bytes, number: int) -> Record:
@@ -92,11 +91,6 @@ class RecordFile:
 
 def _line(record: Record) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"
-
-
-def field_names() -> list[str]:
-    """Names of a record's fields, in order."""
-    return [f.name for f in fields(Record)]
 
 
 def provenance(runtime: Runtime, extra: dict[str, Any]) -> dict[str, Any]:

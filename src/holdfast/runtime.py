@@ -40,10 +40,12 @@ class Runtime:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = device.split(":")[0]
-        require(kind in ("cpu", "cuda"), f"unknown device '{device}'; valid: auto, cpu, cuda, cuda:N")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device '{device}' was asked for, but this machine has no CUDA device; valid here: cpu")
+        kind, _, index = device.partition(":")
+        known = device == "cpu" or (kind == "cuda" and (not index or index.isdigit()))
+        require(known, f"unknown device '{device}'; valid: auto, cpu, cuda, cuda:N")
+        count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+        if kind == "cuda" and int(index or 0) >= count:
+            raise UserError(f"device '{device}' was asked for, but this machine has {count} CUDA devices; valid: cpu")
         if precision == "auto":
             precision = "bf16" if has_fast_bf16(device) else "float32"
         require(precision in ("float32", "bf16"), f"unknown precision '{precision}'; valid: auto, float32, bf16")
@@ -74,7 +76,7 @@ class Runtime:
 def has_fast_bf16(device: str) -> bool:
     """Whether the device has bf16 matrix instructions."""
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe()) if probe is not None else False
 

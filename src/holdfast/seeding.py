@@ -25,13 +25,18 @@ def generator(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 @contextlib.contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Run a block with torch's global generators at the start of a stream, and put them back afterwards.
 
     For code that takes no generator: initialisers, dropout, stochastic depth.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    # Only a GPU that is in use: forking the others would open a context on each.
+    devices = [torch.cuda.current_device()] if _cuda_in_use() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, *names))
         yield

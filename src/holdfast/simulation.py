@@ -53,10 +53,21 @@ class Accumulator:
     def add(self, names: Sequence[str], gradients: Sequence[Tensor | None], scale: float) -> None:
         """Add `scale`·gradient for each name; None counts as zero."""
         pairs = [(n, g) for n, g in zip(names, gradients, strict=True) if g is not None]
+        if not pairs:
+            return
         for name, gradient in pairs:
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(gradient)
         torch._foreach_add_([self.sums[n] for n, _ in pairs], [g for _, g in pairs], alpha=scale)
+
+    def merge(self, other: Accumulator) -> None:
+        """Add another's sums."""
+        self.add(list(other.sums), list(other.sums.values()), 1.0)
+
+    def scale(self, factor: float) -> None:
+        """Multiply all sums."""
+        for value in self.sums.values():
+            value.mul_(factor)
 
     def finite(self) -> bool:
         """Whether every entry is finite."""
@@ -67,15 +78,6 @@ class Accumulator:
         for name, parameter in model.named_parameters():
             found = self.sums.get(name)
             parameter.grad = None if found is None or found.shape != parameter.shape else found.to(parameter.dtype)
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What one simulated adversary did: its strategy, mean suppression loss (γ-weighted), last training loss."""
-
-    tuning: FineTuning
-    suppression: float
-    training: float
 
 
 def accumulate_along_path(
@@ -90,15 +92,14 @@ def accumulate_along_path(
     suppression: Loss,
     accumulator: Accumulator,
     names: Sequence[str],
-    weight: float,
     runtime: Runtime,
     seed: int | None = None,
-) -> tuple[float, float]:
-    """Fine-tune `learner` in place with `fit`; after inner step k add weight·γ_k·∂L_α/∂ϑᵏ for `names`.
+) -> float:
+    """Fine-tune `learner` in place with `fit`; after inner step k add γ_k·∂L_α/∂ϑᵏ for `names`.
 
     The suppression loss sees batch statistics, like the adversary's own step: with running statistics a defence
-    could win by making them stale, and lose to anyone who re-estimates them. Returns the γ-weighted suppression loss
-    and the last training loss; NaN where the adversary diverged (its remaining steps then count nothing).
+    could win by making them stale, and lose to anyone who re-estimates them. Returns the γ-weighted suppression loss;
+    NaN where the adversary diverged.
     """
     by_name = dict(learner.named_parameters())
     targets = [by_name[n] for n in names]
@@ -113,7 +114,7 @@ def accumulate_along_path(
             outputs = learner(inputs)
         value = suppression(outputs, labels)
         if targets:  # none where the adversary re-initialised all there is
-            accumulator.add(names, torch.autograd.grad(value, targets, allow_unused=True), weight * gamma)
+            accumulator.add(names, torch.autograd.grad(value, targets, allow_unused=True), gamma)
         total.add_(value.detach(), alpha=gamma)
 
     result = fit(
@@ -126,7 +127,7 @@ def accumulate_along_path(
         seed=seed,
         after_step=after_step,
     )
-    return (math.nan if result.diverged_at else total.item()), result.loss
+    return math.nan if result.diverged_at else total.item()
 
 
 @dataclass(frozen=True)
@@ -152,32 +153,31 @@ class Simulator:
         gammas: Sequence[float],
         suppression: Loss,
         accumulator: Accumulator,
-        weight: float,
         seed: int,
-    ) -> Simulation:
-        """One adversary: draw disjoint R and T, initialise from `state` (θ), run K = `tuning.steps` steps and add
-        weight × g to `accumulator`."""
-        adapt, evaluate = holdout(self.data, self.held_out_fraction, generator(seed, "holdout"))
+    ) -> float:
+        """One adversary: draw disjoint R and T, initialise from `state` (θ), run K = `tuning.steps` steps and add g to
+        `accumulator`. Returns the γ-weighted suppression loss, NaN where the adversary diverged."""
+        adapt, evaluate = holdout(self.data.labels, self.held_out_fraction, generator(seed, "holdout"))
         fresh = tuning.initialise_from(self.learner, state, self.architecture, self.classes, derive(seed, "init"))
         trained = tuning.choose_parameters(self.learner, self.architecture, self.classes)
         for parameter in self.learner.parameters():
-            parameter.requires_grad_(True)  # frozen weights too have a suppression gradient
+            parameter.requires_grad_(True)  # weights that the adversary freezes have a suppression gradient too
         names = [n for n, _ in self.learner.named_parameters() if n not in fresh]
-        held_size = max(1, round(tuning.batch_size * self.held_out_fraction / (1 - self.held_out_fraction)))
+        held_size = round(tuning.batch_size * self.held_out_fraction / (1 - self.held_out_fraction))
+        held_size = max(2, held_size)  # batch statistics of one sample are none
+        steps = tuning.steps
         with seeded(seed, "simulation"):
-            suppressed, trained_loss = accumulate_along_path(
+            return accumulate_along_path(
                 self.learner,
                 tuning,
                 trained,
-                minibatches(adapt, tuning.batch_size, tuning.steps, derive(seed, "adapt"), self.runtime),
-                minibatches(evaluate, held_size, tuning.steps, derive(seed, "evaluate"), self.runtime),
+                minibatches(self.data, tuning.batch_size, steps, derive(seed, "adapt"), self.runtime, within=adapt),
+                minibatches(self.data, held_size, steps, derive(seed, "evaluate"), self.runtime, within=evaluate),
                 gammas,
                 loss=self.task.loss,
                 suppression=suppression,
                 accumulator=accumulator,
                 names=names,
-                weight=weight,
                 runtime=self.runtime,
                 seed=derive(seed, "noise"),
             )
-        return Simulation(tuning, suppressed, trained_loss)

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.audit import ORIGINAL
 from holdfast.checks import Check, run_checks
 from holdfast.errors import require
-from holdfast.metrics import LEARNS, MARGIN, Verdict, area, cost_ratio, recovery, retention, verdict
+from holdfast.metrics import LEARNS, MARGIN, Verdict, area, cost_ratio, recovery, retention, scratch_learns, verdict
 from holdfast.records import Record, curves
 from holdfast.statistics import deviation, interval, mean, paired
 
@@ -94,7 +94,7 @@ def summarise(records: Sequence[Record], chance: float, cost: dict[str, float | 
     lead = next(i for i, a in enumerate(attacks) if a["name"] == worst.protected.name)
     attacks.insert(0, attacks.pop(lead))
     intact = intactness(records)
-    diverged = [r.attack for r in records if r.diverged and r.model == "protected"]
+    diverged = [f"{r.attack} ({r.model})" for r in records if r.diverged]
     checks = run_checks(attacks, len(test[0].protected), chance, diverged, intact is not None)
     return {
         "schema": SCHEMA,
@@ -154,10 +154,11 @@ def _attack_entry(found: Measured, chance: float) -> dict[str, Any]:
         "clean": clean,
         "scratch": scratch,
         "recovery": recovery(protected[-1], clean[-1], chance),
-        "cost_ratio": cost_ratio(found.steps, protected, scratch),
+        "cost_ratio": cost_ratio(found.steps, protected, scratch, chance),
         "interval": list(difference) if difference else None,  # of protected − scratch at the end
         "deviation": {m: found.deviation(m) for m in ("protected", "clean", "scratch")},
-        "clean_ahead": area(clean) > area(scratch),
+        "scratch_learns": scratch_learns(found.steps, scratch, chance),
+        "clean_ahead": area(clean) > area(scratch) + MARGIN,
         # An attack that does not train the clean model either shows nothing about a defence.
         "verdict": verdict(found.protected, found.clean, found.scratch, chance)
         if clean[-1] - chance >= LEARNS

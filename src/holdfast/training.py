@@ -73,14 +73,20 @@ def fit(
 
 
 def minibatches(
-    data: ImageData, batch_size: int, steps: int, seed: int, runtime: Runtime, first_step: int = 0
+    data: ImageData,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    runtime: Runtime,
+    first_step: int = 0,
+    within: Tensor | None = None,
 ) -> Iterator[Batch]:
     """Batches number `first_step` … `steps` − 1 of an endless stream: shuffled passes over the data, end to end.
 
     Every batch is full (`min(batch_size, len(data))`), so no step sees a stray batch of one; batch i is a function of
-    `seed` and i.
+    `seed` and i. `within`: take only the samples at these indices, without copying them.
     """
-    count = len(data)
+    count = len(data) if within is None else len(within)
     size = min(batch_size, count)
     passes: dict[int, Tensor] = {}
 
@@ -95,7 +101,8 @@ def minibatches(
         start, stop = step * size, (step + 1) * size
         first, last = start // count, (stop - 1) // count
         parts = [order(n)[max(0, start - n * count) : stop - n * count] for n in range(first, last + 1)]
-        yield data.batch(torch.cat(parts), runtime)
+        chosen = torch.cat(parts)
+        yield data.batch(chosen if within is None else within[chosen], runtime)
 
 
 @torch.no_grad()

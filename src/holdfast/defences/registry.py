@@ -26,6 +26,10 @@ class Defence(Protocol):
         """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
         ...
 
+    def check_classes(self, original: int, restricted: int) -> None:
+        """`UserError` where the defence cannot work with these numbers of classes; before any work begins."""
+        ...
+
     def protect(
         self,
         model: nn.Module,
@@ -53,6 +57,9 @@ class Identity:
     def simulates(self, tuning: FineTuning) -> bool:
         """It simulates nothing."""
         return False
+
+    def check_classes(self, original: int, restricted: int) -> None:
+        """Any will do."""
 
     def protect(self, model: nn.Module, original: Domain, restricted: ImageData, **_: Any) -> History:
         """Leave the model as it is."""

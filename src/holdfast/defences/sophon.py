@@ -100,12 +100,21 @@ class Sophon:
         )
 
     def simulates(self, tuning: FineTuning) -> bool:
-        """Whether an attack lies in Φ: initialisation, optimiser and learning rate were all simulated."""
+        """Whether an attack's initialisation, optimiser and learning rate were all simulated (batch sizes and decay
+        hardly matter beside these, and do not count)."""
         return (
             tuning.train == "all"
             and tuning.initialise in self.inner_initialise
             and tuning.optimiser in self.inner_optimiser
             and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
+        )
+
+    def check_classes(self, original: int, restricted: int) -> None:
+        """`UserError` where a simulated adversary would keep a head of the wrong size."""
+        require(
+            "keep" not in self.inner_initialise or original == restricted,
+            f"head and classes do not agree: an adversary that keeps the head needs as many restricted classes as "
+            f"original ones, but there are {restricted} and {original}; set defence.inner_initialise to [head]",
         )
 
     def protect(
@@ -158,13 +167,7 @@ class _Engine:
         seed: int,
     ) -> None:
         architecture.head(model, len(original.classes))  # head and classes must agree before any work begins
-        if "keep" in spec.inner_initialise:
-            require(
-                restricted_classes == len(original.classes),
-                f"head and classes do not agree: an adversary that keeps the head needs as many restricted classes as "
-                f"original ones, but there are {restricted_classes} and {len(original.classes)}; "
-                "set inner_initialise to [head]",
-            )
+        spec.check_classes(len(original.classes), restricted_classes)
         self.spec, self.model, self.original, self.restricted = spec, model, original, restricted
         self.task, self.runtime, self.seed = task, runtime, seed
         for parameter in model.parameters():
@@ -184,25 +187,25 @@ class _Engine:
         return {"fts": suppressed[-1], "ntr": self.reinforce(iteration)}
 
     def suppress(self, iteration: int, loop: int, strength: float) -> float:
-        """One FTS loop: N adversaries, one Adam step; returns L_FTS (Eq. 4), NaN where no adversary gave a gradient."""
+        """One FTS loop: N adversaries, one Adam step; returns L_FTS (Eq. 4), NaN where all adversaries diverged."""
         accumulator = Accumulator()
-        losses = []
+        losses: list[float] = []
         for n in range(self.spec.adversaries):
-            tuning = self.spec.draw(self.seed, iteration, loop, n)
-            seed = derive(self.seed, "simulation", iteration, loop, n)
-            done = self.simulator.simulate(
+            own = Accumulator()
+            loss = self.simulator.simulate(
                 self.model.state_dict(),
-                tuning,
+                self.spec.draw(self.seed, iteration, loop, n),
                 self.gammas,
                 self.suppression,
-                accumulator,
-                1 / self.spec.adversaries,
-                seed,
+                own,
+                derive(self.seed, "simulation", iteration, loop, n),
             )
-            losses.append(done.suppression)
-        finite = [v for v in losses if math.isfinite(v)]
-        if not finite or not accumulator.finite():
+            if math.isfinite(loss) and own.finite():  # one that diverged has nothing to say
+                accumulator.merge(own)
+                losses.append(loss)
+        if not losses:
             return math.nan
+        accumulator.scale(1 / len(losses))
         accumulator.apply(self.model)
         if self.spec.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
@@ -210,7 +213,7 @@ class _Engine:
             group["lr"] = self.spec.alpha * strength
         self.fts.step()
         self.fts.zero_grad(set_to_none=True)
-        return sum(finite) / len(finite)
+        return sum(losses) / len(losses)
 
     def reinforce(self, iteration: int) -> float:
         """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
@@ -231,14 +234,16 @@ class _Engine:
         return evaluate(self.model, self.original.validation, self.task, self.runtime)[0]
 
     def restricted_metric(self) -> float:
-        """What the better of two fixed adversaries reaches along the way, on a part of the defender's half that it
-        does not train on: Adam at 1e-3, head kept or re-initialised. The defender's own data only."""
+        """What the better of two fixed adversaries reaches along the way, on a part of the defender's half that they
+        do not train on: Adam at 1e-3, head kept or re-initialised. Suppression has seen these images: good enough to
+        rank states, too kind to be a result."""
         return max(self.probe(initialise) for initialise in self.spec.inner_initialise)
 
     def probe(self, initialise: str) -> float:
         """Fine-tune a copy for `probe_steps` and average its metric over evaluations along the way."""
         spec, simulator = self.spec, self.simulator
-        adapt, held_out = holdout(self.restricted, 0.3, generator(self.seed, "probe"))
+        parts = holdout(self.restricted.labels, 0.3, generator(self.seed, "probe"))
+        adapt, held_out = (self.restricted.subset(p) for p in parts)
         steps = evaluation_steps(spec.probe_steps, 5)
         tuning = FineTuning(
             initialise=initialise,  # type: ignore[arg-type]
@@ -257,7 +262,7 @@ class _Engine:
             if step in steps:
                 values.append(evaluate(learner, held_out, self.task, self.runtime)[0])
 
-        tuning.run(
+        result = tuning.run(
             learner,
             adapt,
             self.task,
@@ -267,4 +272,5 @@ class _Engine:
             seed=seed,
             after_step=after_step,
         )
-        return area(values)
+        # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
+        return 1.0 if result.diverged_at else area(values)

@@ -23,7 +23,7 @@ LABELS = {"protected": "protected", "clean": "clean (B2)", "scratch": "from scra
 
 
 def slug(name: str) -> str:
-    """A file name for an attack."""
+    """The part of a file name that says which attack."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
 from holdfast.records import Record, RecordFile
 from holdfast.report import figures
-from holdfast.report.words import conclusion, percent, ratio, signed_points
+from holdfast.report.words import conclusion, cost, percent, signed_points
 from holdfast.summary import measured, summarise
 
 
@@ -32,7 +33,7 @@ def write_report(folder: Path) -> dict[str, Any]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, ratio=ratio, signed_points=signed_points)
+    environment.filters.update(percent=percent, cost=cost, signed_points=signed_points)
     write_json(folder / "summary.json", summary)
     for name in ("report.md", "report.html"):
         write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context))
@@ -75,8 +76,8 @@ def _draw(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> dict[
     restricted = summary["restricted"]
     chance, metric = restricted["chance"], restricted["metric"]
     drawn = {"curves": figures.all_curves(restricted["attacks"], chance, metric)}
-    for attack in restricted["attacks"]:
-        drawn[f"attack-{figures.slug(attack['name'])}"] = figures.learning_curves(attack, chance, metric)
+    for number, attack in enumerate(restricted["attacks"], start=1):
+        drawn[_picture(number, attack)] = figures.learning_curves(attack, chance, metric)
     protection = facts["protection"]
     if protection and protection["checks"]:
         tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
@@ -90,17 +91,27 @@ def _draw(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> dict[
     return paths
 
 
+def _simulated(foreign: bool) -> Callable[[dict[str, Any]], str]:
+    """Whether the defence trained against an attack, in a word; of somebody else's nothing is known."""
+    return lambda attack: "unknown" if foreign else "yes" if attack["simulated"] else "no"
+
+
+def _picture(number: int, attack: dict[str, Any]) -> str:
+    """A figure's name: the attack's rank, strongest first, keeps names apart that differ in signs alone."""
+    return f"attack-{number}-{figures.slug(attack['name'])}"
+
+
 def _context(
     folder: Path, records: list[Record], summary: dict[str, Any], facts: dict[str, Any], pictures: dict[str, Path]
 ) -> dict[str, Any]:
     rows = []
     by_name = {m.name: m for m in measured(records)}
-    for attack in summary["restricted"]["attacks"]:
+    for number, attack in enumerate(summary["restricted"]["attacks"], start=1):
         found = by_name[attack["name"]]
         rows.append(
             {
                 "attack": attack,
-                "picture": f"attack-{figures.slug(attack['name'])}",
+                "picture": _picture(number, attack),
                 "seeds": len(found.protected),
                 "models": [(m, attack[m], attack["deviation"][m]) for m in ("scratch", "clean", "protected")],
             }
@@ -117,6 +128,8 @@ def _context(
         "fingerprint": facts["manifest"]["fingerprint"],
         "provenance": facts["provenance"],
         "protection": facts["protection"],
+        "defence": "unknown" if facts["manifest"].get("protected") else facts["manifest"]["recipe"]["defence"]["name"],
+        "simulated": _simulated(bool(facts["manifest"].get("protected"))),
         "failing": [c for c in summary["checks"] if not c["passed"]],
         "pictures": {n: base64.b64encode(p.read_bytes()).decode() for n, p in pictures.items()},
         "folder": folder.name,
