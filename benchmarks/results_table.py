@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from holdfast.report.words import cost
+
 
 def read(run: Path, name: str) -> Any:
     """A JSON file of a run."""
@@ -44,17 +46,16 @@ def table(run: Path) -> str:
             f"{points(attack[m][-1])} ± {points(attack['deviation'][m][-1])}" for m in ("scratch", "clean", "protected")
         ]
         gap = " … ".join(f"{100 * v:+.1f}" for v in attack["interval"]) if attack["interval"] else "–"
-        ratio = "not reached" if attack["cost_ratio"] is None else f"{attack['cost_ratio']:.2f}"
         recovery = "–" if attack["recovery"] is None else f"{100 * attack['recovery']:.0f}"
         name = attack["name"] + (" (simulated)" if attack["simulated"] else "")
-        lines.append(f"| {name} | {' | '.join(cells)} | {recovery} | {ratio} | {gap} | {attack['verdict']} |")
-    hardware, versions, model, cost = facts["hardware"], facts["versions"], recipe["model"], summary["cost"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {recovery} | {cost(attack)} | {gap} | {attack['verdict']} |")
+    hardware, versions, model, spent = facts["hardware"], facts["versions"], recipe["model"], summary["cost"]
     lines += [
         "",
         f"{model['name']}, {model['channels']}×{model['size']}×{model['size']}; "
         f"seed {facts['run_seed']}, audit seeds {', '.join(map(str, facts['audit_seeds']))}; adversary "
         f"{facts['restricted']['adversary']} images, test {facts['restricted']['test']}; protection "
-        f"{cost['protect_seconds']:.0f} s, audit {cost['audit_seconds']:.0f} s of processor time; "
+        f"{spent['protect_seconds']:.0f} s, audit {spent['audit_seconds']:.0f} s of processor time; "
         f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['precision']}; torch {versions['torch']}, timm "
         f"{versions['timm']}; source {facts['revision']}.",
         "",
