@@ -74,6 +74,7 @@ def test_lists(what, capsys, monkeypatch) -> None:
         (["run", "demo", "--out", "o", "--set", "seed"], "--set expects key=value"),
         (["run", "demo", "--out", "o", "--set", "original=digits[3]"], "has one class"),
         (["run", "demo", "--out", "o", "--set", "restricted.data=digits[4-9]"], "head and classes do not agree"),
+        (["run", "demo", "--out", "o", "--set", "restricted.data=digits[4,6-9]"], "4 of digits is both kept"),
         (["run", "demo", "--out", "o", "--set", "restricted.data=parquet:none.parquet"], "data not found"),
         (["run", "demo", "--out", "o", "--set", "weights=none.safetensors"], "weights not found"),
         (["run", "demo", "--out", "o", "--set", "model.name=smal_conv"], "unknown model 'smal_conv'"),
@@ -158,3 +159,8 @@ def test_a_disk_that_is_full(tmp_path: Path, recipe_file: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (out / "report.html").exists()
+
+
+def test_version(capsys, monkeypatch) -> None:
+    code, out, _ = cli(capsys, monkeypatch, "--version")
+    assert (code, out.strip()) == (0, "holdfast 0.1.0")

@@ -9,6 +9,7 @@ from torch import nn
 
 import holdfast
 from holdfast.bundle import Bundle, load_bundle
+from holdfast.domains import public_name
 from holdfast.errors import UserError
 from holdfast.models import save_weights, state_of
 from holdfast.recipes import parse_recipe
@@ -39,6 +40,11 @@ def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
     assert summary["intactness"]["before"] > 0.2
     model = holdfast.load_model(tmp_path / "run" / "bundle", recipe.model)
     assert isinstance(model, Mine)
+    card = (tmp_path / "run" / "bundle" / "README.md").read_text()
+    assert "library_name: holdfast" in card
+    assert "factory=..." in card
+    with pytest.raises(UserError, match="give your own"):
+        holdfast.load_model(tmp_path / "run" / "bundle")
 
 
 def test_other_numbers_of_classes(tmp_path: Path, tiny_recipe) -> None:
@@ -110,3 +116,10 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, tiny_recipe) -> None:
     recipe = parse_recipe({**tiny_recipe, "runtime": {"device": "cuda"}})
     summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
     assert summary["intactness"]["before"] > 0.5
+
+
+def test_what_is_released_names_no_path_of_this_machine() -> None:
+    assert public_name("/home/me/pets[cat,dog]") == "pets[cat,dog]"
+    assert public_name("folder:/home/me/pets") == "pets"
+    assert public_name("hf:org/name[0-4]") == "hf:org/name[0-4]"
+    assert public_name("cifar10[0-4]") == "cifar10[0-4]"

@@ -74,6 +74,7 @@ def test_an_audit_that_teaches_nobody_anything_proves_nothing() -> None:
     flat = {"direct+all": dict.fromkeys(("protected", "clean", "scratch"), (0.1, 0.1, 0.1))}
     s = summarise(records(3, flat), 0.1, COST)
     assert s["verdict"] != "held"
+    assert conclusion(s)[0].startswith("This audit shows nothing")
     failing = {c["name"] for c in s["checks"] if not c["passed"]}
     assert {"the clean model learns", "the model from scratch learns", "pre-training helps the attacker"} <= failing
 

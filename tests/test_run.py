@@ -292,5 +292,5 @@ class TestResume:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert "--resume goes on from here" in err
+        assert "--resume goes on from the last saved state" in err
         assert "Traceback" not in err

@@ -64,13 +64,25 @@ class Bundle:
 def _model_args(arch: Architecture) -> dict[str, Any]:
     """What `timm.create_model` needs beside the number of classes; for a vision transformer its input size too."""
     size = {"img_size": arch.size} if _fixed_size(arch) else {}
-    return {"in_chans": arch.channels, **size, **arch.options} if arch.name != "small_conv" else {}
+    return {"in_chans": arch.channels, **size, **arch.options} if _of_timm(arch) else {}
+
+
+def _of_timm(arch: Architecture) -> bool:
+    import timm
+
+    return arch.factory is None and bool(timm.is_model(arch.name))
+
+
+def _own(arch: Architecture) -> str:
+    """The argument that `load_model` needs for a network that only its author can build."""
+    known = arch.name == "small_conv" or _of_timm(arch)
+    return "" if known else f", holdfast.Architecture({arch.name!r}, {arch.size}, {arch.channels}, factory=...)"
 
 
 def _fixed_size(arch: Architecture) -> bool:
     import timm
 
-    config = timm.get_pretrained_cfg(arch.name) if timm.is_model(arch.name) else None
+    config = timm.get_pretrained_cfg(arch.name) if _of_timm(arch) else None
     return bool(config is not None and config.fixed_input_size)
 
 
@@ -118,8 +130,9 @@ def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundl
     if architecture is not None:
         own = replace(own, name=architecture.name, factory=architecture.factory)
     require(
-        ":" not in own.name or architecture is not None,
-        f"{folder} needs the model factory '{own.name}'; name it yourself with --set model.name=… to allow its import",
+        architecture is not None or not _own(own),
+        f"{folder} needs the model factory '{own.name}', which nothing in a bundle may import: give your own, "
+        "load_model(folder, Architecture(…, factory=…)) or --set model.name=package.module:factory",
     )
     return Bundle(state, own, classes, found)
 
@@ -129,7 +142,7 @@ def model_card(
 ) -> str:
     """The model card in Markdown, with the audit's figures where there is an audit."""
     arch = bundle.architecture
-    library = "timm" if arch.name != "small_conv" and ":" not in arch.name else "holdfast"
+    library = "timm" if _of_timm(arch) else "holdfast"
     lines = [
         "---",
         f"library_name: {library}",
@@ -159,7 +172,7 @@ def model_card(
         *(
             ["import timm", 'model = timm.create_model("local-dir:bundle", pretrained=True)']
             if library == "timm"
-            else ["import holdfast", 'model = holdfast.load_model("bundle")']
+            else ["import holdfast", f'model = holdfast.load_model("bundle"{_own(arch)})']
         ),
         "```",
         "",
@@ -171,9 +184,11 @@ def _audit_lines(summary: Mapping[str, Any]) -> list[str]:
     restricted, intact = summary["restricted"], summary["intactness"]
     worst = restricted["worst_case"]
     kept = f"{intact['before']:.1%} → {intact['after']:.1%}" if intact else "not measured"
+    failing = "; ".join(f"{c['name']} ({c['message']})" for c in summary["checks"] if not c["passed"])
     return [
         f"Verdict: **{summary['verdict']}**. Original {restricted['metric']}: {kept}.",
         "",
+        *([f"**Checks of the audit that fail:** {failing}.", ""] if failing else []),
         f"Worst case on the restricted domain (chance {restricted['chance']:.1%}): the protected model reaches "
         f"{worst['protected']['final']:.1%} under `{worst['protected']['attack']}`; the unprotected one "
         f"{worst['clean']['final']:.1%}, a model from scratch {worst['scratch']['final']:.1%}.",

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other processes
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +31,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"holdfast {metadata.version('holdfast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None: ...
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped name: `holdfast list recipes`.")
 ]
@@ -39,7 +53,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as audit.seeds=5. Repeatable."),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", metavar="NAME", help="Lay one of the recipe's presets over it: small, paper.")
+    str | None, typer.Option("--preset", metavar="NAME", help="Lay one of the recipe's presets over it, such as paper.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what has begun in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -77,7 +91,7 @@ def demo(
     quiet: Quiet = False,
     changes: Set = None,
 ) -> None:
-    """The whole chain on built-in digits in about a minute: 0-4 are kept, 5-9 are restricted."""
+    """The whole chain on built-in digits in about two minutes: 0-4 are kept, 5-9 are restricted."""
     _headlines(Run(Inputs(_load("demo", None, changes)), out, resume, Reporter(quiet)).all(), out)
 
 
@@ -260,7 +274,7 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
         f"verdict      {summary['verdict']}" + (f"   (checks that fail: {', '.join(failing)})" if failing else ""),
         f"intactness   {kept}",
         f"worst case   protected {percent(worst['protected']['final'])}, clean {percent(worst['clean']['final'])}, "
-        f"from scratch {percent(worst['scratch']['final'])}   under {restricted['worst']}",
+        f"from scratch {percent(worst['scratch']['final'])}, each at its best; protected under {restricted['worst']}",
         f"cost ratio   {cost(lead)}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
         f"report       {(out / 'report.html').resolve()}",
     ]
@@ -286,7 +300,7 @@ def main() -> None:
             sys.exit(0)
         _fail(f"{explain()} (see `holdfast --help`)")
     if code == INTERRUPTED:
-        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on from the last saved state", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

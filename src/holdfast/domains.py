@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -150,6 +151,14 @@ def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int 
     kept, dropped = _without_duplicates(data["train"], (checked, data["test"]))
     names = tuple(source.classes[c] for c in chosen)
     return Domain(spec.data, names, kept, checked, data["test"], dropped + again)
+
+
+def public_name(data: str) -> str:
+    """A domain's name for others: of a path on this machine only the last part."""
+    name, selection = parse_selection(data)
+    kind, _, rest = name.rpartition(":")
+    short = name if kind in ("hf", "torchvision") or "/" not in rest else Path(rest).name
+    return short if selection is None else f"{short}[{selection}]"
 
 
 def parse_selection(text: str) -> tuple[str, str | None]:

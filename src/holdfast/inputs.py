@@ -10,7 +10,7 @@ from typing import Any
 from holdfast import models
 from holdfast.attacks.batteries import Attack, battery
 from holdfast.bundle import WEIGHTS, read_weights
-from holdfast.domains import Domain, ImageData, load_domain, sample
+from holdfast.domains import Domain, ImageData, load_domain, parse_selection, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
 from holdfast.models import Architecture
@@ -78,9 +78,21 @@ class Inputs:
                 models.load_state(model, read_weights(path, self.architecture))
         if not self.protected:
             self.recipe.defence_object.check_classes(ours, theirs)
+        self._check_apart()
         learner = self.architecture.build(theirs)
         for attack in self.attacks:
             attack.tuning.fresh_layers(learner, self.architecture, theirs)
+
+    def _check_apart(self) -> None:
+        """The same classes of the same source cannot be kept and restricted at once."""
+        if not self.with_original:
+            return
+        names = [parse_selection(d.data)[0] for d in (self.recipe.original, self.recipe.restricted)]
+        both = sorted(set(self.original.classes) & set(self.restricted.classes))
+        require(
+            names[0] != names[1] or not both,
+            f"{', '.join(both[:5])} of {names[0]} is both kept and restricted; choose classes that differ",
+        )
 
     @cached_property
     def attacks(self) -> tuple[Attack, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from holdfast.errors import UserError, one_line, require, unknown
+from holdfast.errors import UserError, one_line, require
 from holdfast.files import load_torch, write_atomic
 from holdfast.layers import find_head
 from holdfast.preprocessing import Preprocessing
@@ -90,8 +91,9 @@ class Architecture:
         import timm
 
         if not timm.is_model(self.name):
-            near = [*timm.list_models(f"*{self.name[:6]}*")[:8], "small_conv"]
-            raise unknown("model", self.name, near)
+            near = difflib.get_close_matches(self.name, ["small_conv", *timm.list_models()], n=3)
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise UserError(f"unknown model '{self.name}'{hint}; `holdfast list models` names all")
         arguments: dict[str, Any] = {"num_classes": classes, "in_chans": self.channels, "pretrained": pretrained}
         config = timm.get_pretrained_cfg(self.name)
         if config is not None and config.fixed_input_size:  # vision transformers and their like

@@ -41,6 +41,29 @@ def parquet_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
 
 
+def holds_images(path: Path) -> bool:
+    """Whether a folder's Parquet files have an image column; only their schema is read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = parquet_files(path)
+    try:
+        return bool(files) and _image_column(pq.read_schema(files[0])) is not None
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _image_column(schema: Any) -> str | None:
+    """The first column of bytes, or of structs with `bytes`."""
+    import pyarrow as pa
+
+    for field in schema:
+        struct = pa.types.is_struct(field.type)
+        if pa.types.is_binary(field.type) or (struct and field.type.get_field_index("bytes") >= 0):
+            return str(field.name)
+    return None
+
+
 def _split_of(file: Path) -> str:
     for split, names in SPLIT_FOLDERS.items():
         if file.name.lower().startswith(names):
@@ -93,15 +116,7 @@ def _table_split(table: Any, where: str, classes: int, follow_paths: bool = Fals
     import pyarrow as pa
 
     label_column = _label_column(table, where)
-    image_column = next(
-        (
-            f.name
-            for f in table.schema
-            if pa.types.is_binary(f.type)
-            or (pa.types.is_struct(f.type) and any(f.type.field(k).name == "bytes" for k in range(f.type.num_fields)))
-        ),
-        None,
-    )
+    image_column = _image_column(table.schema)
     require(
         image_column is not None,
         f"{where} has no image column (a struct with 'bytes', or binary); found {', '.join(table.column_names)}",

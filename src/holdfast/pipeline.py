@@ -14,6 +14,7 @@ from torch import nn
 from holdfast import models
 from holdfast.audit import ORIGINAL, measure_intactness, plan_cells, run_audit
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
+from holdfast.domains import public_name
 from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
@@ -86,7 +87,7 @@ class Run:
                     resume=self.resume,
                     reporter=self.reporter,
                 )
-        bundle = Bundle(state, given.architecture, given.head_classes, {"stage": "clean", "source": weights})
+        bundle = Bundle(state, given.architecture, given.head_classes, {"stage": "clean"})
         bundle.save(self.clean_folder, f"# {given.recipe.name}, before protection\n\nNot for release.\n")
         return bundle
 
@@ -100,7 +101,7 @@ class Run:
             return load_bundle(self.bundle_folder, given.architecture)
         clean = self.pretrain()
         if given.protected:
-            details: dict[str, Any] = {"defence": {"name": "unknown"}, "source": given.protected}
+            details: dict[str, Any] = {"defence": {"name": "unknown"}}
             state = read_weights(given.protected, given.architecture)
             bundle = Bundle(state, given.architecture, clean.classes, details)
         else:
@@ -143,7 +144,11 @@ class Run:
         )
         self.reporter.say(f"protect: done in {duration(seconds)}, {history.rollbacks} times gone back")
         name, fields = given.recipe.defence_name, given.recipe.as_dict()["defence"]
-        details = {"defence": fields, "original": given.original.name, "restricted": given.restricted.name}
+        details = {
+            "defence": fields,
+            "original": public_name(given.original.name),
+            "restricted": public_name(given.restricted.name),
+        }
         return Bundle(state_of(model), given.architecture, clean.classes, {**details, "protected_with": name})
 
     def audit(self) -> None:
@@ -216,8 +221,10 @@ class Run:
     def _card(self, bundle: Bundle, summary: Mapping[str, Any] | None) -> str:
         given = self.inputs
         name = "an unknown defence" if given.protected else given.recipe.defence_name
-        original = given.recipe.original.data if given.with_original else "not given"
-        return model_card(given.recipe.name, bundle, original, [given.recipe.restricted.data], name, summary)
+        original = public_name(given.recipe.original.data) if given.with_original else "not given"
+        return model_card(
+            given.recipe.name, bundle, original, [public_name(given.recipe.restricted.data)], name, summary
+        )
 
     def all(self) -> dict[str, Any]:
         """The whole chain; returns the summary."""

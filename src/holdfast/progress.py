@@ -79,7 +79,7 @@ class Bar:
     def seconds_left(self) -> float | None:
         """Estimated from this run's own pace; None before the first step."""
         fresh = self.done - self.first
-        if fresh <= 0:
+        if fresh < min(4, self.total):  # the first ones pay for every start
             return None
         return (time.monotonic() - self.started) / fresh * (self.total - self.done)
 

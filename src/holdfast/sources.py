@@ -14,7 +14,7 @@ from PIL import Image
 
 from holdfast.errors import UserError, require, unknown
 from holdfast.imagesets import SPLIT_FOLDERS, Source, Split, array_split
-from holdfast.parquet import open_hub, open_parquet, parquet_files
+from holdfast.parquet import holds_images, open_hub, open_parquet, parquet_files
 from holdfast.torchvision_sets import TORCHVISION, open_torchvision
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -58,7 +58,7 @@ def data_folder() -> Path | None:
 def known_names() -> list[str]:
     """Names that need no download: built-in, and image sets below `HOLDFAST_DATA`."""
     data = data_folder()
-    local = sorted(p.name for p in data.iterdir() if parquet_files(p)) if data else []
+    local = sorted(p.name for p in data.iterdir() if holds_images(p)) if data else []
     return ["digits", *local]
 
 

@@ -42,7 +42,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     worst = restricted["worst_case"]
     attacks = {a["name"]: a for a in restricted["attacks"]}
     said = [
-        EXPLAINED[summary["verdict"]],
+        _explain(summary),
         *_intactness(summary["intactness"]),
         f"The strongest attack, {worst['protected']['attack']}, takes the protected model to "
         f"{percent(worst['protected']['final'])}; the clean model reaches {percent(worst['clean']['final'])} at its "
@@ -78,3 +78,9 @@ def _intactness(found: dict[str, Any] | None) -> list[str]:
         f"The model's own ability is lost: {percent(found['before'])} → {percent(found['after'])} on the original "
         "domain. The verdict speaks of the restricted domain alone; such a model protects nothing worth having."
     ]
+
+
+def _explain(summary: dict[str, Any]) -> str:
+    if all(a["verdict"] == "inconclusive" for a in summary["restricted"]["attacks"]):
+        return "This audit shows nothing: no attack trains the unprotected model either. Give it more steps or data."
+    return EXPLAINED[summary["verdict"]]
