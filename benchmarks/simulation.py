@@ -69,9 +69,7 @@ class Bench:
     def loop(self, k: int) -> None:
         """One simulated adversary of K steps, as SOPHON runs it."""
         tuning = FineTuning(optimiser="adam", lr=LR, weight_decay=0.0, batch_size=self.batch, steps=k)
-        self.simulator.simulate(
-            self.state, tuning, step_weights("uniform", k), inverse_cross_entropy, Accumulator(), 1.0, 0
-        )
+        self.simulator.simulate(self.state, tuning, step_weights("uniform", k), inverse_cross_entropy, Accumulator(), 0)
 
     def batches(self, k: int, size: int) -> list[tuple[Tensor, Tensor]]:
         return [self.data.batch(torch.arange(i * 7, i * 7 + size) % len(self.data), self.runtime) for i in range(k)]
