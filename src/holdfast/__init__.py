@@ -1,6 +1,7 @@
 """Holdfast: protect pre-trained models against fine-tuning to a restricted domain, and audit whether it holds."""
 
-from holdfast.attacks.batteries import Attack, battery
+from holdfast.attacks.attack import Attack, Search
+from holdfast.attacks.batteries import battery
 from holdfast.audit import AuditSpec
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import DomainSpec, load_domain
@@ -21,6 +22,7 @@ __all__ = [
     "DomainSpec",
     "FineTuning",
     "Recipe",
+    "Search",
     "Sophon",
     "UserError",
     "__version__",

@@ -1,35 +1,41 @@
 """The audit: protected, clean and from-scratch models under the same attacks, data, budget and seeds.
 
-A cell is one model under one attack with one seed. Cells are independent, run in parallel processes, and are appended
-to `records.jsonl` whole, so an audit that was killed goes on where it was.
+First the searches (one a model and attack that has something to search), then the cells: one model under one attack
+with one seed. Both are independent of each other, run in parallel, and are appended whole to `searches.jsonl` and
+`records.jsonl`, so an audit that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from holdfast.attacks.batteries import Attack, battery
-from holdfast.domains import Domain, ImageData
+from holdfast.attacks.attack import Attack
+from holdfast.attacks.batteries import battery
+from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN, Released
+from holdfast.cells import Bench, CellSpec, run_cell
+from holdfast.domains import Domain
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
-from holdfast.metrics import evaluation_steps
 from holdfast.models import Architecture, State, load_state
 from holdfast.progress import Reporter
-from holdfast.records import Cell, Record, RecordFile
-from holdfast.runtime import Runtime, threads
-from holdfast.seeding import derive
+from holdfast.records import LineFile, Record, RecordFile, SearchRecord
+from holdfast.runtime import Runtime
+from holdfast.search import SEED, resolved, run_search
 from holdfast.tasks import Task
 from holdfast.training import evaluate
+from holdfast.workers import run_all
 
 MODELS = ("protected", "clean", "scratch")
 ORIGINAL = "original domain"  # the "attack" under which intactness is recorded: none
+BENIGN = "benign domain · initFC+all · adam 1e-3"  # fine-tuning to the third domain, which should stay possible
+HEALING_SHARE = 0.1  # of the original training data, for attackers who have some (TransNTL: less than 10 %)
 
 
 @dataclass(frozen=True)
@@ -56,156 +62,151 @@ class AuditSpec:
         return battery(self.battery).within(self.steps) + self.attacks
 
 
-@dataclass(frozen=True)
-class CellWork:
-    """All that one cell needs, picklable. `attacks`: the names under which its records are kept (a from-scratch run
-    serves every attack with the same optimisation)."""
+def applicable(attacks: Sequence[Attack], bench: Bench) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks that can be run on the bench's models, and why each of the others cannot."""
+    chosen, left_out = [], {}
+    released = [Released(bench.architecture, s, bench.head_classes) for s in bench.states.values()]
+    for attack in attacks:
+        why = None
+        if attack.keeps_head and bench.head_classes != bench.restricted.classes:
+            why = "keeps the head, and the domains differ in number of classes"
+        elif ORIGINAL_DATA in attack.needs and not bench.original:
+            why = "needs original data, and there is no original domain"
+        elif THIRD_DOMAIN in attack.needs and bench.benign is None:
+            why = "needs a third domain; name one as `benign`"
+        # What one of the models cannot have, the other may: pruned weights, say.
+        obstacles = [attack.obstacle(r) for r in released]
+        why = why or (obstacles[0] if all(obstacles) else None)
+        if why:
+            left_out[attack.name] = why
+        else:
+            chosen.append(attack.fitted(released[0]))
+    return chosen, left_out
 
-    model: str
-    attacks: tuple[str, ...]
-    simulated: tuple[bool, ...]
-    seed: int
-    tuning: FineTuning
-    evaluations: int
-    state: State
-    architecture: Architecture
-    classes: int
-    train: ImageData
-    held_out: Mapping[str, ImageData]
-    task: Task
-    runtime: Runtime
-    provenance: str
 
-
-def run_cell(work: CellWork) -> list[Record]:
-    """Initialise, fine-tune, evaluate along the way. An attack that diverges keeps its broken model to the end: the
-    steps it did not make are recorded as that model's, marked `diverged`."""
-    started = time.monotonic()
-    model = work.runtime.place(work.architecture.build(work.classes, derive(work.seed, "build")))
-    # Paired by construction: protected and clean share data order and new layers; scratch shares the data order.
-    seed = derive(work.seed, "attack")
-    work.tuning.initialise_from(model, work.state, work.architecture, work.classes, seed)
-    steps = evaluation_steps(work.tuning.steps, work.evaluations)
-    records: list[Record] = []
-    batch = min(work.tuning.batch_size, len(work.train))
-
-    def note(step: int, diverged: bool = False) -> None:
-        for split, data in work.held_out.items():
-            value, loss = evaluate(model, data, work.task, work.runtime)
-            for name, simulated in zip(work.attacks, work.simulated, strict=True):
-                records.append(
-                    Record(
-                        model=work.model,
-                        attack=name,
-                        seed=work.seed,
-                        step=step,
-                        last_step=work.tuning.steps,
-                        split=split,
-                        metric=work.task.metric,
-                        value=value,
-                        loss=loss if math.isfinite(loss) else None,
-                        samples=step * batch,
-                        seconds=round(time.monotonic() - started, 3),
-                        simulated=simulated,
-                        diverged=diverged,
-                        provenance=work.provenance,
-                    )
-                )
-
-    note(0)
-    result = work.tuning.run(
-        model,
-        work.train,
-        work.task,
-        work.architecture,
-        work.classes,
-        runtime=work.runtime,
-        seed=seed,
-        after_step=lambda step, _: note(step) if step in steps else None,
-    )
-    for step in steps if result.diverged_at else []:
-        if step >= (result.diverged_at or 0):
-            note(step, diverged=True)
-    return records
+def plan_searches(attacks: Iterable[Attack]) -> list[CellSpec]:
+    """One spec for each model and attack with something to search; attacks with one control share its search."""
+    searched = [a for a in attacks if a.search]
+    specs = [
+        CellSpec(model, attack, (attack.name,), (False,), SEED)
+        for attack in searched
+        for model in ("protected", "clean")
+    ]
+    groups: dict[Attack, list[Attack]] = {}
+    for attack in searched:
+        groups.setdefault(attack.control(), []).append(attack)
+    for control, group in groups.items():
+        specs.append(CellSpec("scratch", control, tuple(a.name for a in group), (False,) * len(group), SEED))
+    return specs
 
 
 def plan_cells(
     attacks: Sequence[Attack],
-    evaluations: int,
-    states: Mapping[str, State],
-    architecture: Architecture,
-    domain: Domain,
-    adversary: Sequence[ImageData],
-    task: Task,
-    runtime: Runtime,
+    seeds: int,
+    chosen: Mapping[tuple[str, str], dict[str, Any]],
     simulates: Callable[[FineTuning], bool],
-    provenance: str,
-) -> Iterator[CellWork]:
-    """Every cell of the grid attacks × seeds × models. `adversary`: its data for each seed, the same for all models.
-    From-scratch runs with the same optimisation are one cell."""
-    common: dict[str, Any] = {
-        "evaluations": evaluations,
-        "architecture": architecture,
-        "classes": len(domain.classes),
-        "held_out": {"validation": domain.validation, "test": domain.test},
-        "task": task,
-        "runtime": runtime,
-        "provenance": provenance,
-    }
-    controls: dict[FineTuning, list[Attack]] = {}
-    for attack in attacks:
-        controls.setdefault(attack.tuning.control(), []).append(attack)
-    for seed, train in enumerate(adversary):
+) -> list[CellSpec]:
+    """Every cell of the grid attacks × seeds × models. `chosen`: what the searches found, by (model, attack).
+
+    From-scratch runs with the same optimisation are one cell. A defence has simulated an attack only where that edits
+    nothing.
+    """
+
+    def final(model: str, attack: Attack) -> tuple[Attack, dict[str, Any] | None]:
+        setting = chosen.get((model, attack.name))
+        plain = attack.control() if model == "scratch" else attack
+        return (resolved(plain, setting) if setting else plain), setting
+
+    specs = []
+    for seed in range(seeds):
         for attack in attacks:
-            known = (simulates(attack.tuning),)
+            ours, _ = final("protected", attack)
+            known = simulates(ours.tuning) and not ours.edits
             for model in ("protected", "clean"):
-                yield CellWork(
-                    model, (attack.name,), known, seed, attack.tuning, state=states[model], train=train, **common
-                )
+                tuned, setting = final(model, attack)
+                specs.append(CellSpec(model, tuned, (attack.name,), (known,), seed, setting))
+        controls: dict[Attack, list[tuple[str, bool, dict[str, Any] | None]]] = {}
+        for attack in attacks:
+            ours, _ = final("protected", attack)
+            known = simulates(ours.tuning) and not ours.edits
+            control, setting = final("scratch", attack)
+            controls.setdefault(replace(control, budget=1.0), []).append((attack.name, known, setting))
         for control, group in controls.items():
-            names = tuple(a.name for a in group)
-            seen = tuple(simulates(a.tuning) for a in group)
-            yield CellWork("scratch", names, seen, seed, control, state={}, train=train, **common)
+            names, flags = tuple(g[0] for g in group), tuple(g[1] for g in group)
+            specs.append(CellSpec("scratch", control, names, flags, seed, group[0][2]))
+    return specs
 
 
-def run_audit(cells: Sequence[CellWork], records: RecordFile, reporter: Reporter, jobs: int | None = None) -> None:
-    """Run the cells that `records` lacks, one thread a process, `jobs` processes (default: one a core on a CPU; one,
-    in this process, on a GPU)."""
-    done = records.recover()
-    left = [c for c in cells if not _whole(c, done)]
+def plan_benign(steps: int, seeds: int) -> list[CellSpec]:
+    """Fine-tuning to the third domain, three models."""
+    tuning = FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, weight_decay=0.0, steps=steps)
+    attack = Attack(BENIGN, tuning)
+    return [
+        CellSpec(m, attack.control() if m == "scratch" else attack, (BENIGN,), (False,), seed, benign=True)
+        for seed in range(seeds)
+        for m in MODELS
+    ]
+
+
+@dataclass(frozen=True)
+class AuditFiles:
+    """Where an audit's results are kept, in a run's folder."""
+
+    folder: Path
+
+    @property
+    def records(self) -> RecordFile:
+        """`records.jsonl`."""
+        return RecordFile(self.folder / "records.jsonl")
+
+    @property
+    def searches(self) -> LineFile[SearchRecord]:
+        """`searches.jsonl`."""
+        return LineFile(self.folder / "searches.jsonl", SearchRecord)
+
+
+def run_searches(
+    specs: Sequence[CellSpec],
+    bench: Bench,
+    file: LineFile[SearchRecord],
+    reporter: Reporter,
+    jobs: int | None = None,
+    ray: str | None = None,
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Run the searches that `file` lacks; return what was chosen, by (model, attack)."""
+    known = file.read()
+    file.keep(known)  # without a torn last line
+    done = {(s.model, n) for s in known for n in s.attacks}
+    left = [s for s in specs if not all((s.model, n) in done for n in s.names)]
+    if left:
+        with reporter.bar("search", len(specs), len(specs) - len(left)) as bar:
+            for found in run_all(run_search, bench, left, jobs, ray):
+                file.append([found])
+                known.append(found)
+                bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g} of {len(found.trials)}")
+    return {(s.model, n): s.chosen for s in known for n in s.attacks}
+
+
+def run_audit(
+    specs: Sequence[CellSpec],
+    bench: Bench,
+    file: RecordFile,
+    reporter: Reporter,
+    jobs: int | None = None,
+    ray: str | None = None,
+) -> None:
+    """Run the cells that `file` lacks; see `workers.run_all` for `jobs` and `ray`."""
+    done = file.recover()
+    left = [s for s in specs if not all((s.model, name, s.seed) in done for name in s.names)]
     if not left:
         return
-    on_cpu = left[0].runtime.device == "cpu"
-    workers = min(len(left), jobs or os.cpu_count() or 1) if on_cpu else 1
-    with reporter.bar("audit", len(cells), len(cells) - len(left)) as bar:
-        for found in _results(left, workers):
+    with reporter.bar("audit", len(specs), len(specs) - len(left)) as bar:
+        for found in run_all(run_cell, bench, left, jobs, ray):
             fresh = [r for r in found if (r.model, r.attack, r.seed) not in done]
-            records.append(fresh)
+            file.append(fresh)
+            done |= {(r.model, r.attack, r.seed) for r in fresh}  # a cell that came twice counts once
             last = next(r for r in reversed(found) if r.split == "test")
             bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {last.metric} {last.value:.3f}")
-
-
-def _whole(cell: CellWork, done: set[Cell]) -> bool:
-    return all((cell.model, name, cell.seed) in done for name in cell.attacks)
-
-
-def _results(cells: Sequence[CellWork], workers: int) -> Iterator[list[Record]]:
-    if workers == 1:
-        with threads(1 if cells[0].runtime.device == "cpu" else None):
-            yield from map(run_cell, cells)
-        return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
-    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
-    yield from parallel(delayed(_single_threaded)(cell) for cell in cells)
-    get_reusable_executor().shutdown(wait=True)  # only then is the workers' peak memory known
-
-
-def _single_threaded(cell: CellWork) -> list[Record]:
-    with threads(1):
-        return run_cell(cell)
 
 
 def measure_intactness(

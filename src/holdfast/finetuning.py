@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -11,34 +11,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from holdfast.adapters import add_adapters
+from holdfast.augmentation import AUGMENTATIONS, augmented
 from holdfast.domains import ImageData
 from holdfast.errors import UserError, require, unknown
 from holdfast.layers import initialise_head, last_layers, owned_tensors
 from holdfast.models import Architecture, State, load_state
+from holdfast.optimisers import OPTIMISERS, Parameters
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
 from holdfast.training import AfterStep, FitResult, fit, minibatches
 
-Parameters = Iterable[nn.Parameter]
-Maker = Callable[[Parameters, float, float], torch.optim.Optimizer]
-
-# Momentum is 0.9 as in the paper's attack. `foreach` spares small models most of the Python between kernels.
-OPTIMISERS: Mapping[str, Maker] = MappingProxyType(
-    {
-        "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, weight_decay=wd, foreach=True),
-        "momentum": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd, foreach=True),
-        "nesterov": lambda p, lr, wd: torch.optim.SGD(
-            p, lr, momentum=0.9, weight_decay=wd, nesterov=True, foreach=True
-        ),
-        "adagrad": lambda p, lr, wd: torch.optim.Adagrad(p, lr, weight_decay=wd, foreach=True),
-        "adadelta": lambda p, lr, wd: torch.optim.Adadelta(p, lr, weight_decay=wd, foreach=True),
-        "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, foreach=True),
-        "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, foreach=True),
-    }
-)
-
 Initialise = Literal["keep", "head", "last-k", "scratch"]
+Train = Literal["all", "head", "lora"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +32,16 @@ class FineTuning:
     """Initialisation × what trains × optimisation.
 
     - `initialise`: `keep` the whole model, re-initialise the `head`, the `last-k` layers (`k`), or train from `scratch`
-    - `train`: `all` parameters, or the `head` alone (the body then stays in evaluation mode: its batch statistics too
-      are the pre-trained ones)
+    - `train`: `all` parameters; the `head` alone (the body then stays in evaluation mode: its batch statistics too
+      are the pre-trained ones); or `lora`: low-rank adapters of rank `rank` on every other layer, and the head
     - `schedule`: `constant` or `cosine` (to zero), after `warmup` steps of linear rise
+    - `augment`: `none`, `shift`, `shift+flip`; `mixup`: the α of mixup's Beta distribution, 0 for none
 
     The defaults are SOPHON's default attack (§5.1.1): momentum 0.9, lr 1e-4, batch 200, weight decay 1e-4.
     """
 
     initialise: Initialise = "keep"
-    train: Literal["all", "head"] = "all"
+    train: Train = "all"
     optimiser: str = "momentum"
     lr: float = 1e-4
     weight_decay: float = 1e-4
@@ -63,23 +50,29 @@ class FineTuning:
     batch_size: int = 200
     steps: int = 5000  # the paper's 20 epochs of 250
     k: int = 1
+    rank: int = 8
+    augment: str = "none"
+    mixup: float = 0.0
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         require(self.initialise in ("keep", "head", "last-k", "scratch"), f"initialise: '{self.initialise}' is unknown")
-        require(self.train in ("all", "head"), f"train must be 'all' or 'head', but got '{self.train}'")
+        require(self.train in ("all", "head", "lora"), f"train must be all, head or lora, but got '{self.train}'")
+        if self.augment not in AUGMENTATIONS:
+            raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        require(0 <= self.mixup <= 10, f"mixup must lie in [0, 10], but got {self.mixup}")
         if self.optimiser not in OPTIMISERS:
             raise unknown("optimiser", self.optimiser, OPTIMISERS)
         require(self.schedule in ("constant", "cosine"), f"schedule must be constant or cosine, got '{self.schedule}'")
         require(0 < self.lr <= 10, f"lr must lie in (0, 10], but got {self.lr}")
         require(0 <= self.weight_decay < 1, f"weight_decay must lie in [0, 1), but got {self.weight_decay}")
-        for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 0), ("k", 1)):
+        for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 0), ("k", 1), ("rank", 1)):
             require(getattr(self, name) >= least, f"{name} must be at least {least}, but got {getattr(self, name)}")
 
     @staticmethod
     def named(name: str, **changes: Any) -> FineTuning:
         """A strategy by its name in the literature, with the paper's default optimisation: `direct+all`, `initFC+FC`,
-        `initFC+all`, `last-k+all`, `scratch`."""
+        `initFC+all`, `last-k+all`, `initFC+LoRA`, `scratch`."""
         if name not in ALIASES:
             raise unknown("fine-tuning strategy", name, ALIASES)
         initialise, train = ALIASES[name]
@@ -87,7 +80,7 @@ class FineTuning:
 
     def control(self) -> FineTuning:
         """The same optimisation from scratch, all parameters trained: baseline B1 of this attack."""
-        return replace(self, initialise="scratch", train="all", k=1)
+        return replace(self, initialise="scratch", train="all", k=1, rank=8)
 
     def fresh_layers(self, model: nn.Module, architecture: Architecture, classes: int) -> list[str]:
         """Names of the modules that this strategy re-initialises (none for `keep`, and for `scratch`, which takes
@@ -136,11 +129,17 @@ class FineTuning:
             )
 
     def choose_parameters(self, model: nn.Module, architecture: Architecture, classes: int) -> list[nn.Parameter]:
-        """Mark what trains (`requires_grad`), and return it."""
-        names = tuple(f"{n}." for n in architecture.head(model, classes)) if self.train == "head" else ()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not names or name.startswith(names))
-        return [p for p in model.parameters() if p.requires_grad]
+        """Mark what trains (`requires_grad`), and return it. For `lora`, adapters are added to `model` first."""
+        if self.train == "all":
+            chosen = list(model.parameters())
+        else:
+            heads = architecture.head(model, classes)
+            chosen = [p for n, p in model.named_parameters() if n.startswith(tuple(f"{h}." for h in heads))]
+            chosen += add_adapters(model, self.rank, heads) if self.train == "lora" else []
+        trained = {id(p) for p in chosen}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        return chosen
 
     def build_optimiser(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimiser over `parameters`."""
@@ -163,7 +162,7 @@ class FineTuning:
 
     def set_mode(self, model: nn.Module) -> None:
         """Training mode; where only the head trains, evaluation mode."""
-        model.train(self.train == "all")
+        model.train(self.train != "head")
 
     def run(
         self,
@@ -178,12 +177,15 @@ class FineTuning:
         after_step: AfterStep | None = None,
     ) -> FitResult:
         """Train `model` (already initialised, on the runtime's device) on `data`, in place, with `fit`."""
-        parameters = self.choose_parameters(model, architecture, classes)
-        optimiser = self.build_optimiser(parameters)
+        batches = minibatches(data, self.batch_size, self.steps, derive(seed, "data"), runtime)
+        if self.augment != "none" or self.mixup:
+            batches = augmented(batches, self.augment, self.mixup, classes, seed)
         with seeded(seed, "run"):
+            parameters = self.choose_parameters(model, architecture, classes)
+            optimiser = self.build_optimiser(parameters)
             return fit(
                 model,
-                minibatches(data, self.batch_size, self.steps, derive(seed, "data"), runtime),
+                batches,
                 task.loss,
                 optimiser,
                 runtime=runtime,
@@ -193,13 +195,63 @@ class FineTuning:
                 after_step=after_step,
             )
 
+    def run_from(
+        self,
+        state: State,
+        model: nn.Module,
+        data: ImageData,
+        task: Task,
+        architecture: Architecture,
+        classes: int,
+        *,
+        runtime: Runtime,
+        seed: int,
+        steps: Sequence[int],
+        note: Note,
+        inspect: Callable[[nn.Module], None] | None = None,
+        converged: float = 0.0,
+    ) -> FitResult:
+        """Initialise `model` from `state`, train it, and call `note(step, how)` at step 0 and at each of `steps`.
 
-ALIASES: Mapping[str, tuple[Initialise, Literal["all", "head"]]] = MappingProxyType(
+        `how` is `running`; `diverged` for the steps that a run with a loss that was not finite did not make (the model
+        then is the broken one); `converged` for those after the mean training loss between two notes fell below
+        `converged`. A true value from `note` ends the run. `inspect` sees the model after the first step, with that
+        step's gradients still on it.
+        """
+        self.initialise_from(model, state, architecture, classes, seed)
+        note(0, "running")
+        recent: list[float] = []
+        last = 0
+
+        def after_step(step: int, loss: float) -> bool:
+            nonlocal last
+            if step == 1 and inspect is not None:
+                inspect(model)
+            recent.append(loss)
+            if step not in steps:
+                return False
+            last = step
+            quiet = sum(recent) / len(recent) < converged
+            recent.clear()
+            return bool(note(step, "running")) or quiet
+
+        result = self.run(model, data, task, architecture, classes, runtime=runtime, seed=seed, after_step=after_step)
+        if result.diverged_at or result.steps < self.steps:
+            for step in (s for s in steps if s > last):
+                if note(step, "diverged" if result.diverged_at else "converged"):
+                    break
+        return result
+
+
+Note = Callable[[int, str], bool | None]
+
+ALIASES: Mapping[str, tuple[Initialise, Train]] = MappingProxyType(
     {
         "direct+all": ("keep", "all"),
         "initFC+FC": ("head", "head"),
         "initFC+all": ("head", "all"),
         "last-k+all": ("last-k", "all"),
+        "initFC+LoRA": ("head", "lora"),
         "scratch": ("scratch", "all"),
     }
 )

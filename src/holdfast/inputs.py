@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from holdfast import models
-from holdfast.attacks.batteries import Attack, battery
+from holdfast.attacks.attack import Attack
+from holdfast.attacks.batteries import battery
+from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import WEIGHTS, read_weights
+from holdfast.cells import Bench, Ground
 from holdfast.domains import Domain, ImageData, load_domain, parse_selection, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
-from holdfast.models import Architecture
+from holdfast.models import Architecture, State
 from holdfast.recipes import Recipe
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
@@ -80,8 +84,15 @@ class Inputs:
             self.recipe.defence_object.check_classes(ours, theirs)
         self._check_apart()
         learner = self.architecture.build(theirs)
-        for attack in self.attacks:
+        for attack in self.recipe.audit.attacks:  # a battery's that do not fit are left out, and named
             attack.tuning.fresh_layers(learner, self.architecture, theirs)
+        every = self.recipe.audit.all_attacks()
+        require(
+            ours == theirs or not all(a.keeps_head for a in every),
+            "head and classes do not agree, and every attack of the audit keeps the head",
+        )
+        if self.recipe.benign:
+            _ = self.benign_ground
 
     def _check_apart(self) -> None:
         """The same classes of the same source cannot be kept and restricted at once."""
@@ -95,13 +106,49 @@ class Inputs:
         )
 
     @cached_property
-    def attacks(self) -> tuple[Attack, ...]:
-        """The audit's attacks; those that keep the head only where there are as many restricted classes."""
-        found = self.recipe.audit.all_attacks()
-        if len(self.head_classes) != len(self.restricted.classes):
-            found = tuple(a for a in found if a.tuning.initialise != "keep")
-        require(bool(found), "head and classes do not agree, and every attack of the audit keeps the head")
-        return found
+    def benign(self) -> Domain | None:
+        """The third domain, to which fine-tuning should stay possible; None where the recipe names none."""
+        spec = self.recipe.benign
+        return load_domain(spec, self.architecture.preprocessing, self.recipe.seed).to(self.runtime) if spec else None
+
+    @cached_property
+    def benign_ground(self) -> Ground | None:
+        """The third domain for fine-tuning: as many images as the adversary has of the restricted one."""
+        if self.benign is None:
+            return None
+        most = min(len(self.adversary_data(0)), len(self.benign.train))
+        return self._ground(self.benign, self.benign.train, most, "benign")
+
+    def _ground(self, domain: Domain, data: ImageData, count: int | None, stream: str) -> Ground:
+        train = tuple(sample(data, count, derive(self.recipe.seed, stream, s)) for s in self.seeds)
+        return Ground(train, domain.validation, domain.test, len(domain.classes))
+
+    @property
+    def seeds(self) -> range:
+        """The audit's seeds."""
+        return range(self.recipe.audit.seeds)
+
+    def bench(self, states: Mapping[str, State]) -> Bench:
+        """What all cells of the audit share; `states`: the protected and the clean weights."""
+        spec = self.recipe.restricted
+        healing: tuple[ImageData, ...] = ()
+        if self.with_original:
+            data = self.original.train
+            count = max(len(self.original.classes), round(HEALING_SHARE * len(data)))
+            healing = tuple(sample(data, count, derive(self.recipe.seed, "healing", s)) for s in self.seeds)
+        return Bench(
+            states,
+            self.architecture,
+            len(self.head_classes),
+            self._ground(self.restricted, self.halves[1], spec.adversary, "adversary"),
+            self.task,
+            self.runtime,
+            self.recipe.audit.steps,
+            self.recipe.audit.evaluations,
+            "",
+            healing,
+            self.benign_ground,
+        )
 
     @cached_property
     def head_classes(self) -> tuple[str, ...]:
@@ -117,7 +164,8 @@ class Inputs:
     def identity(self) -> dict[str, Any]:
         """What makes this run this run, for its folder."""
         recipe = self.recipe.as_dict()
-        recipe["runtime"].pop("jobs")  # how many processes share the work changes no result
+        for name in ("jobs", "ray"):  # who shares the work changes no result
+            recipe["runtime"].pop(name)
         identity: dict[str, Any] = {"recipe": recipe}
         if self.protected:
             identity["protected"] = str(Path(self.protected).expanduser().resolve())
@@ -130,6 +178,7 @@ class Inputs:
         files = {"weights": self.recipe.weights, "protected": self.protected}
         given = {n: Path(p).expanduser() for n, p in files.items() if p and p != "timm"}
         domains = {"restricted": self.restricted, **({"original": self.original} if self.with_original else {})}
+        domains |= {"benign": self.benign} if self.benign else {}
         return {
             **{n: sha256_file(p / WEIGHTS if p.is_dir() else p) for n, p in given.items()},
             **{
@@ -144,14 +193,15 @@ class Inputs:
         """The name that checkpoints carry."""
         return fingerprint({**self.identity(), "content": self.content})
 
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the records needs to know: data, seeds, battery, hashes."""
+    def facts(self, attacks: Sequence[Attack], left_out: Mapping[str, str]) -> dict[str, Any]:
+        """What a reader of the records needs to know: data, seeds, battery, attacks, hashes."""
         test = self.restricted.test.labels
         return {
             "run_seed": self.recipe.seed,
-            "audit_seeds": list(range(self.recipe.audit.seeds)),
+            "audit_seeds": list(self.seeds),
             "battery": battery(self.recipe.audit.battery).title,
-            "left_out": [a.name for a in self.recipe.audit.all_attacks() if a not in self.attacks],
+            "left_out": dict(left_out),
+            "attacks": {a.name: attack_facts(a) for a in attacks},
             "content_sha256": self.content,
             "restricted": {
                 "data": self.restricted.name,
@@ -163,6 +213,15 @@ class Inputs:
                 "test": len(test),
                 "duplicates_dropped": self.restricted.dropped,
             },
+            "benign": {
+                "data": self.benign.name,
+                "classes": list(self.benign.classes),
+                "chance": self.task.chance(self.benign.test.labels),
+                "train": len(self.benign_ground.train[0]),
+                "test": len(self.benign.test),
+            }
+            if self.benign and self.benign_ground
+            else None,
             "original": {
                 "data": self.original.name,
                 "classes": list(self.original.classes),
@@ -174,3 +233,18 @@ class Inputs:
             if self.with_original
             else None,
         }
+
+
+def attack_facts(attack: Attack) -> dict[str, Any]:
+    """An attack as a reader of the report wants it: what it does, what it needs, what it costs."""
+    search = attack.search
+    return {
+        "tuning": asdict(attack.tuning),
+        "edits": [{"name": getattr(e, "name", type(e).__name__), "summary": e.summary()} for e in attack.edits],
+        "revives": any(e.revives for e in attack.edits),
+        "needs": list(attack.needs),
+        "informed": attack.informed,
+        "cost": attack.cost(),
+        "fraction": attack.fraction,
+        "searched": sorted(search.lr) if search else None,
+    }

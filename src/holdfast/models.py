@@ -75,13 +75,14 @@ class Architecture:
         """A freshly initialised model with `classes` outputs. `pretrained`: with timm's published weights."""
         with seeded(seed, "build"):
             try:
-                return self._construct(classes, pretrained)
+                return self.construct(classes, pretrained)
             except UserError:
                 raise
             except Exception as error:  # constructors raise whatever they like on options they cannot take
                 raise UserError(f"cannot build model '{self.name}': {one_line(error, 200)}") from error
 
-    def _construct(self, classes: int, pretrained: bool) -> nn.Module:
+    def construct(self, classes: int, pretrained: bool = False) -> nn.Module:
+        """As `build`, with whatever torch's generators draw; for factories that `build` calls."""
         factory = self.factory or (import_factory(self.name) if ":" in self.name else None)
         if factory is not None or self.name == "small_conv":
             require(not pretrained, f"'{self.name}' has no published weights; give a file, or pre-train it")

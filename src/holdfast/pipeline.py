@@ -5,14 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from holdfast import models
-from holdfast.audit import ORIGINAL, measure_intactness, plan_cells, run_audit
+from holdfast.audit import (
+    ORIGINAL,
+    AuditFiles,
+    applicable,
+    measure_intactness,
+    plan_benign,
+    plan_cells,
+    plan_searches,
+    run_audit,
+    run_searches,
+)
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
@@ -24,7 +34,7 @@ from holdfast.models import Architecture, state_of
 from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
-from holdfast.records import RecordFile, provenance
+from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
 
 
@@ -155,41 +165,40 @@ class Run:
         """Every cell of the grid into `records.jsonl`."""
         given = self.inputs
         clean, protected = self.pretrain(), self.protect()
-        file = RecordFile(self.out / "records.jsonl")
+        files = AuditFiles(self.out)
+        file = files.records
         self._check_fresh("audit", file.path.exists())
         states = {"protected": protected.state, "clean": clean.state}
-        where = self._provenance()
-        cells = plan_cells(
-            given.attacks,
-            given.recipe.audit.evaluations,
-            states,
-            given.architecture,
-            given.restricted,
-            [given.adversary_data(seed) for seed in range(given.recipe.audit.seeds)],
-            given.task,
-            given.runtime,
-            self._simulates(),
-            where,
-        )
+        bench = given.bench(states)
+        attacks, left_out = applicable(given.recipe.audit.all_attacks(), bench)
+        where = self._provenance(given.facts(attacks, left_out))
+        bench = replace(bench, provenance=where)
+        for name, why in left_out.items():
+            self.reporter.say(f"left out: {name} ({why})")
         whole = file.recover()
         if given.with_original and not {(m, ORIGINAL, 0) for m in states} <= whole:
             file.append(
                 measure_intactness(states, given.architecture, given.original, given.task, given.runtime, where)
             )
-        run_audit(list(cells), file, self.reporter, given.recipe.runtime.jobs)
+        workers = (self.reporter, given.recipe.runtime.jobs, given.recipe.runtime.ray)
+        chosen = run_searches(plan_searches(attacks), bench, files.searches, *workers)
+        seeds = given.recipe.audit.seeds
+        cells = plan_cells(attacks, seeds, chosen, self._simulates())
+        cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
+        run_audit(cells, bench, file, *workers)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:
         return (lambda _: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates
 
-    def _provenance(self) -> str:
-        """Write what the records rest on to `provenance.json`; return its name."""
+    def _provenance(self, about: Mapping[str, Any]) -> str:
+        """Write what the records rest on to `provenance.json`, `about` with hashes; return its name."""
         given = self.inputs
         weights = {
             name: load_bundle(folder, given.architecture).details["weights_sha256"]
             for name, folder in (("clean", self.clean_folder), ("protected", self.bundle_folder))
         }
-        facts = provenance(given.runtime, {**given.facts(), "weights_sha256": weights})
+        facts = provenance(given.runtime, {**about, "weights_sha256": weights})
         name = fingerprint(facts)
         path = self.out / "provenance.json"
         known = read_json(path) if path.exists() else {}

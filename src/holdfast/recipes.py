@@ -24,12 +24,14 @@ PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", b
 @dataclass(frozen=True)
 class RuntimeSpec:
     """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `jobs`: audit processes (default: one a core).
+    `ray`: address of a Ray cluster for the audit instead, or `local`.
     `threads`: of pre-training and protection (default: one for small networks, else torch's choice)."""
 
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
     jobs: int | None = None
+    ray: str | None = None
     threads: int | None = None
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -46,10 +48,12 @@ class RuntimeSpec:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `weights`: a file or bundle folder to start from, `timm` for timm's published weights, or None to
-    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it."""
+    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `benign`: a third
+    domain, to which fine-tuning should stay possible."""
 
     original: DomainSpec
     restricted: DomainSpec
+    benign: DomainSpec | None = None
     name: str = "run"
     description: str = ""
     seed: int = 0
@@ -103,7 +107,7 @@ def parse_recipe(
     from pydantic import TypeAdapter, ValidationError
 
     merged = apply_changes(choose_preset(raw, preset, where), changes)
-    for key in ("original", "restricted"):
+    for key in ("original", "restricted", "benign"):
         if isinstance(merged.get(key), str):
             merged[key] = {"data": merged[key]}
     defence = merged.pop("defence", {"name": "sophon"})
@@ -158,7 +162,7 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
         *sections, last = key.strip().split(".")
         for section in sections:
             inner = target.setdefault(section, {})
-            if isinstance(inner, str) and section in ("original", "restricted"):
+            if isinstance(inner, str) and section in ("original", "restricted", "benign"):
                 inner = target[section] = {"data": inner}
             if isinstance(inner, str) and section == "defence":
                 inner = target[section] = {"name": inner}

@@ -6,17 +6,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from holdfast.errors import UserError, one_line, require
 from holdfast.files import cannot_write, write_atomic
 from holdfast.runtime import Runtime, hardware
 
-VERSIONED = ("holdfast", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
+VERSIONED = ("holdfast", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn", "optuna", "peft")
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,44 @@ class Record:
     simulated: bool
     diverged: bool
     provenance: str
+    flops: float = 0.0  # of training so far, what edits spent included
+    images: int = 0  # how many the attacker has
+    setting: dict[str, Any] | None = None  # what a search chose; None where nothing was searched
+    converged: bool = False  # stopped before: the training loss had gone
+    dead: bool = False  # no gradient reached any weight but the head's in the first step
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """All tries of one search: one model, and the attacks whose hyper-parameters it found (several share one control).
+
+    Each of `trials` has `setting`, `steps`, `values` (metric on validation data at these steps) and `pruned`. `edge`:
+    the chosen learning rate is the smallest or largest tried, and none between is as good.
+    """
+
+    model: str
+    attacks: list[str]
+    trials: list[dict[str, Any]]
+    chosen: dict[str, Any]
+    edge: bool
+    steps: int
+    samples: int
+    flops: float
+    seconds: float
+    provenance: str
 
 
 Cell = tuple[str, str, int]
+T = TypeVar("T", bound=Record | SearchRecord)
 
 
-class RecordFile:
-    """`records.jsonl`. Cells are appended whole; after a crash, what is torn is dropped and done again."""
+class LineFile(Generic[T]):
+    """JSON lines of one kind, appended and synchronised; a torn last line is passed over."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: Callable[..., T]) -> None:
+        self.path, self.kind = path, kind
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[T]:
         """All records in the file. A torn last line is passed over; anything else that is no record is an error."""
         if not self.path.exists():
             return []
@@ -62,24 +88,20 @@ class RecordFile:
         lines.pop()  # empty where the last line is whole, else torn
         return [self._parse(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
-    def _parse(self, line: bytes, number: int) -> Record:
+    def _parse(self, line: bytes, number: int) -> T:
         try:
-            return Record(**json.loads(line))
+            return self.kind(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}, line {number}: not a record of this version: {one_line(error)}") from None
 
-    def recover(self) -> set[Cell]:
-        """Drop torn lines and cells, rewriting the file only where there are any; return the cells that are whole."""
-        records = self.read()
-        whole = {(r.model, r.attack, r.seed) for r in records if r.step == r.last_step and r.split == "test"}
-        kept = [r for r in records if (r.model, r.attack, r.seed) in whole]
-        text = "".join(_line(r) for r in kept)
+    def keep(self, records: Sequence[T]) -> None:
+        """Make these the file's contents, rewriting it only where they are not yet."""
+        text = "".join(_line(r) for r in records)
         if self.path.exists() and self.path.read_text(errors="replace") != text:
             write_atomic(self.path, text)
-        return whole
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Add a cell's records and wait for the disk."""
+    def append(self, records: Sequence[T]) -> None:
+        """Add records and wait for the disk."""
         try:
             with self.path.open("a") as file:
                 file.write("".join(_line(r) for r in records))
@@ -89,7 +111,21 @@ class RecordFile:
             raise cannot_write(self.path, error) from error
 
 
-def _line(record: Record) -> str:
+class RecordFile(LineFile[Record]):
+    """`records.jsonl`. Cells are appended whole; after a crash, what is torn is dropped and done again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Record)
+
+    def recover(self) -> set[Cell]:
+        """Drop torn lines and cells; return the cells that are whole."""
+        records = self.read()
+        whole = {(r.model, r.attack, r.seed) for r in records if r.step == r.last_step and r.split == "test"}
+        self.keep([r for r in records if (r.model, r.attack, r.seed) in whole])
+        return whole
+
+
+def _line(record: Record | SearchRecord) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.audit import ORIGINAL
+from holdfast.audit import BENIGN, ORIGINAL
 from holdfast.checks import Check, run_checks
 from holdfast.errors import require
 from holdfast.metrics import LEARNS, MARGIN, Verdict, area, cost_ratio, recovery, retention, scratch_learns, verdict
@@ -43,7 +43,7 @@ class Measured:
 
 def measured(records: Sequence[Record], split: str = "test") -> list[Measured]:
     """The attacks in the order in which they were planned. Raises `UserError` where cells are missing."""
-    names = list(dict.fromkeys(r.attack for r in records if r.attack != ORIGINAL))
+    names = list(dict.fromkeys(r.attack for r in records if r.attack not in (ORIGINAL, BENIGN)))
     require(bool(names), "there are no records of an attack yet; run `holdfast audit` first")
     found = []
     for name in names:

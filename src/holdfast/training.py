@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.domains import ImageData
+from holdfast.optimisers import SAM
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator
 from holdfast.tasks import Loss, Task
@@ -55,21 +57,35 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
             torch.manual_seed(derive(seed, "step", step))
-        with runtime.autocast():
-            outputs = model(inputs)
-        current = loss(outputs, targets)
+        current = _forward(model, inputs, targets, loss, runtime)
         value = current.item()
         if not math.isfinite(value):
             return FitResult(step, value, step)
         current.backward()  # type: ignore[no-untyped-call]
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimiser.step()
+        if isinstance(optimiser, SAM):
+            optimiser.step(partial(_gradients_anew, model, inputs, targets, loss, runtime, optimiser))
+        else:
+            optimiser.step()
         if schedule is not None:
             schedule.step()
         if after_step is not None and after_step(step, value):
             break
     return FitResult(step, value)
+
+
+def _forward(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, runtime: Runtime) -> Tensor:
+    with runtime.autocast():
+        outputs = model(inputs)
+    return loss(outputs, targets)
+
+
+def _gradients_anew(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, runtime: Runtime, optimiser: torch.optim.Optimizer
+) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    _forward(model, inputs, targets, loss, runtime).backward()  # type: ignore[no-untyped-call]
 
 
 def minibatches(

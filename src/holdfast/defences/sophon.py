@@ -12,10 +12,11 @@ from torch import nn
 
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require, unknown
-from holdfast.finetuning import OPTIMISERS, FineTuning
+from holdfast.finetuning import FineTuning
 from holdfast.guard import Guard, History, Workplace, run_guarded
 from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
+from holdfast.optimisers import OPTIMISERS
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
@@ -255,14 +256,9 @@ class _Engine:
         )
         learner, classes = simulator.learner, simulator.classes
         seed = derive(self.seed, "probe", initialise)
-        tuning.initialise_from(learner, self.model.state_dict(), simulator.architecture, classes, seed)
-        values = [0.0]
-
-        def after_step(step: int, _: float) -> None:
-            if step in steps:
-                values.append(evaluate(learner, held_out, self.task, self.runtime)[0])
-
-        result = tuning.run(
+        values: list[float] = []
+        result = tuning.run_from(
+            self.model.state_dict(),
             learner,
             adapt,
             self.task,
@@ -270,7 +266,8 @@ class _Engine:
             classes,
             runtime=self.runtime,
             seed=seed,
-            after_step=after_step,
+            steps=steps,
+            note=lambda *_: values.append(evaluate(learner, held_out, self.task, self.runtime)[0]),
         )
         # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
         return 1.0 if result.diverged_at else area(values)

@@ -1,0 +1,52 @@
+"""The table of edits. In YAML an edit is its name, or a mapping with `name` and its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from holdfast.attacks.preparation import BenignFirst, Distil, Heal
+from holdfast.attacks.released import Edit
+from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
+from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
+from holdfast.errors import UserError, unknown
+
+EDITS: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        "rebalance": Rebalance,
+        "clip": Clip,
+        "noise": Noise,
+        "regrow": Regrow,
+        "batchnorm": BatchNormStatistics,
+        "shift-biases": ShiftBiases,
+        "fold-batchnorm": FoldBatchNorm,
+        "leaky": LeakyActivations,
+        "earlier-layer": EarlierLayer,
+        "heal": Heal,
+        "benign-first": BenignFirst,
+        "distil": Distil,
+    }
+)
+
+
+def make_edit(value: Any) -> Edit:
+    """An edit from its name, from a mapping, or as it is. `UserError` for names and fields that do not exist."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        found: Edit = value
+        return found
+    fields = dict(value)
+    name = fields.pop("name", None)
+    if name not in EDITS:
+        raise unknown("edit", str(name), EDITS)
+    from pydantic import TypeAdapter, ValidationError  # only at this edge
+
+    try:
+        made: Edit = TypeAdapter(EDITS[name]).validate_python({**value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or name
+        raise UserError(f"edit '{name}': {where}: {str(first['msg']).removeprefix('Value error, ')}") from None
+    return made

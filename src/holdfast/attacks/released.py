@@ -1,0 +1,140 @@
+"""What an attacker holds (a released model) and has (data), and what an edit does to the one by means of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from holdfast.domains import ImageData
+from holdfast.finetuning import FineTuning
+from holdfast.flops import training_flops
+from holdfast.models import Architecture, State, load_state, state_of
+from holdfast.optimisers import passes
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive
+from holdfast.tasks import Loss, Task
+from holdfast.training import Batch, FitResult, fit, minibatches
+
+WEIGHTS_ONLY = "weights only"
+ORIGINAL_DATA = "some original data"
+THIRD_DOMAIN = "data of a third domain"
+DEFENCE_KNOWN = "knowledge of the defence"
+
+
+@dataclass(frozen=True)
+class Released:
+    """A model as the attacker has it: how to build it, its weights, the outputs of its head."""
+
+    architecture: Architecture
+    state: State
+    classes: int
+
+    def build(self, runtime: Runtime) -> nn.Module:
+        """The model with its weights, on the runtime's device."""
+        model = runtime.place(self.architecture.build(self.classes))
+        load_state(model, self.state)
+        return model
+
+    def having(self, model: nn.Module) -> Released:
+        """The same model with the weights of `model`."""
+        return replace(self, state=state_of(model))
+
+    def head(self) -> list[str]:
+        """Names of the head's layers."""
+        return self.architecture.head(self.architecture.build(self.classes), self.classes)
+
+
+@dataclass(frozen=True)
+class Restructured:
+    """A model factory: a base architecture, changed after it was built. Equal parts give equal structure."""
+
+    base: Architecture
+    change: Callable[[nn.Module], nn.Module]
+
+    def __call__(self, classes: int) -> nn.Module:
+        return self.change(self.base.construct(classes))
+
+
+@dataclass
+class Means:
+    """What the attacker has beside the weights: its restricted data, and perhaps some original data or a third domain.
+
+    `steps`: the audit's budget, of which edits that train take a share. `samples`, `flops`: what those have spent.
+    """
+
+    restricted: ImageData
+    task: Task
+    runtime: Runtime
+    seed: int
+    steps: int
+    original: ImageData | None = None
+    benign: ImageData | None = None
+    samples: int = 0
+    flops: float = 0.0
+
+    def images(self, most: int = 256) -> torch.Tensor:
+        """Up to `most` of the attacker's restricted images, normalised, on the device."""
+        return self.restricted.batch(torch.arange(min(most, len(self.restricted))), self.runtime)[0]
+
+    def train(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        tuning: FineTuning,
+        stream: str,
+        *,
+        loss: Loss | None = None,
+        prepare: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
+    ) -> FitResult:
+        """Train all of `model` on `data` in place, before the attack proper, and add what it cost."""
+        model.requires_grad_(True)
+        optimiser = tuning.build_optimiser(model.parameters())
+        batch = min(tuning.batch_size, len(data))
+        batches = minibatches(data, batch, tuning.steps, derive(self.seed, stream, "data"), self.runtime)
+        result = fit(
+            model,
+            prepare(batches),
+            loss or self.task.loss,
+            optimiser,
+            runtime=self.runtime,
+            schedule=tuning.build_schedule(optimiser),
+            seed=derive(self.seed, stream, "noise"),
+        )
+        example = data.batch(torch.arange(1), self.runtime)[0]
+        self.samples += result.steps * batch
+        self.flops += result.steps * batch * training_flops(model, example, passes(tuning.optimiser))
+        return result
+
+
+class Edit(Protocol):
+    """A change to released weights before fine-tuning. A frozen dataclass; its fields are its strengths."""
+
+    needs: ClassVar[str]
+    """What the attacker must have."""
+    revives: ClassVar[bool]
+    """Whether it can bring units back to life whose gradients are zero."""
+    fresh: ClassVar[bool]
+    """Whether someone who trains from scratch would do it too: then the from-scratch control gets it."""
+
+    def apply(self, released: Released, means: Means) -> Released:
+        """The edited model. Never changes `released`."""
+        ...
+
+    def obstacle(self, released: Released) -> str | None:
+        """Why the edit does not apply to this model; None where it does."""
+        ...
+
+    def summary(self) -> str:
+        """One line: what it does, and with what strength."""
+        ...
+
+
+def described(edit: Any) -> str:
+    """The first line of an edit's docstring and its fields."""
+    fields = {n: v for n, v in vars(edit).items() if n != "name"}
+    shown = ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in fields.items())
+    return (type(edit).__doc__ or "").strip().split("\n")[0].rstrip(".") + (f" ({shown})" if shown else "")

@@ -1,0 +1,230 @@
+"""One cell of an audit: one model under one attack with one seed. Cells are independent of each other and picklable."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.attacks.attack import Attack
+from holdfast.attacks.released import Means, Released
+from holdfast.domains import ImageData, sample
+from holdfast.flops import training_flops
+from holdfast.metrics import evaluation_steps
+from holdfast.models import Architecture, State
+from holdfast.optimisers import passes
+from holdfast.records import Record
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive
+from holdfast.tasks import Task
+from holdfast.training import evaluate
+
+CONVERGED = 1e-3  # mean training loss below which a run is over: nothing is left to learn from
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A domain to fine-tune on: the adversary's images for each seed, and what its results are measured on."""
+
+    train: tuple[ImageData, ...]
+    validation: ImageData
+    test: ImageData
+    classes: int
+
+    def to(self, runtime: Runtime) -> Ground:
+        """All data on the runtime's device."""
+        train = tuple(d.to(runtime) for d in self.train)
+        return replace(self, train=train, validation=self.validation.to(runtime), test=self.test.to(runtime))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that the cells of one audit share. `original`: the little original data an attacker may have, for each seed.
+
+    `steps`: the audit's budget; `evaluations`: points of a curve.
+    """
+
+    states: Mapping[str, State]
+    architecture: Architecture
+    head_classes: int
+    restricted: Ground
+    task: Task
+    runtime: Runtime
+    steps: int
+    evaluations: int
+    provenance: str
+    original: tuple[ImageData, ...] = ()
+    benign: Ground | None = None
+
+    def to(self, runtime: Runtime) -> Bench:
+        """All data on the runtime's device."""
+        original = tuple(d.to(runtime) for d in self.original)
+        benign = self.benign.to(runtime) if self.benign else None
+        return replace(self, restricted=self.restricted.to(runtime), original=original, benign=benign)
+
+    def curve(self, last: int) -> list[int]:
+        """Steps after 0 at which a run of `last` steps is measured. A budget of 2ⁿ times the audit's has n points more,
+        so that its earlier ones are those of the others."""
+        more = max(0, round(math.log2(last / self.steps)))
+        return evaluation_steps(last, self.evaluations + more)[1:]
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """Which cell. `names`: the attacks under which its records are kept (a from-scratch run serves every attack with
+    the same optimisation), `simulated` for each. `benign`: on the third domain instead of the restricted one."""
+
+    model: str
+    attack: Attack
+    names: tuple[str, ...]
+    simulated: tuple[bool, ...]
+    seed: int
+    setting: dict[str, Any] | None = None
+    benign: bool = False
+
+
+@dataclass
+class Prepared:
+    """A model at the start of its fine-tuning: edited, with the attacker's data, and what that has cost."""
+
+    released: Released
+    train: ImageData
+    ground: Ground
+    means: Means
+
+
+def prepare(bench: Bench, model: str, attack: Attack, seed: int, benign: bool = False) -> Prepared:
+    """Apply the attack's edits, and draw its share of the adversary's images."""
+    ground = bench.benign if benign and bench.benign else bench.restricted
+    train = fraction_of(ground.train[seed], attack.fraction, seed)
+    own = derive(seed, "attack")
+    means = Means(
+        train,
+        bench.task,
+        bench.runtime,
+        own,
+        bench.steps,
+        bench.original[seed] if bench.original else None,
+        bench.benign.train[seed] if bench.benign else None,
+    )
+    fresh = derive(seed, "build")
+    state = bench.states.get(model) or bench.architecture.build(bench.head_classes, fresh).state_dict()
+    released = Released(bench.architecture, state, bench.head_classes)
+    for edit in attack.edits:
+        released = edit.apply(released, means)
+    return Prepared(released, train, ground, means)
+
+
+def fraction_of(data: ImageData, fraction: float, seed: int) -> ImageData:
+    """A share of the images, balanced; never fewer than one a class. Smaller shares lie within larger ones."""
+    if fraction == 1:
+        return data
+    classes = len(torch.unique(data.labels))
+    return sample(data, max(classes, round(fraction * len(data))), derive(seed, "fraction"))
+
+
+@dataclass
+class Meter:
+    """What a run costs and whether gradients arrive: seen once, after its first step."""
+
+    prepared: Prepared
+    attack: Attack
+    runtime: Runtime
+    head: Sequence[str]
+    per_step: float = 0.0
+    dead: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def batch(self) -> int:
+        """Images in one step."""
+        return min(self.attack.tuning.batch_size, len(self.prepared.train))
+
+    def inspect(self, model: nn.Module) -> None:
+        """Count the FLOPs of a step, and look for gradients behind the head."""
+        example = self.prepared.train.batch(torch.arange(1), self.runtime)[0]
+        self.per_step = self.batch * training_flops(model, example, passes(self.attack.tuning.optimiser))
+        heads = tuple(f"{h}." for h in self.head)
+        body = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(heads)]
+        gradients = [p.grad for p in body if p.grad is not None]
+        self.dead = bool(body) and not any(bool(g.any()) for g in gradients)
+
+    def samples(self, step: int) -> int:
+        """Images seen until `step`, those of the edits included."""
+        return self.prepared.means.samples + step * self.batch
+
+    def flops(self, step: int) -> float:
+        """FLOPs until `step`, those of the edits included."""
+        return self.prepared.means.flops + step * self.per_step
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return round(time.monotonic() - self.started, 3)
+
+
+def start(bench: Bench, model: str, attack: Attack, seed: int, benign: bool = False) -> tuple[Prepared, nn.Module]:
+    """The prepared attack, and a module of the (edited) architecture for it to train."""
+    prepared = prepare(bench, model, attack, seed, benign)
+    built = prepared.released.architecture.build(prepared.ground.classes, derive(seed, "build"))
+    return prepared, bench.runtime.place(built)
+
+
+def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
+    """Edit, initialise, fine-tune, evaluate along the way on validation and test data. An attack that diverges keeps
+    its broken model to the end: the steps it did not make are recorded as that model's, marked `diverged`."""
+    began = time.monotonic()
+    prepared, model = start(bench, spec.model, spec.attack, spec.seed, spec.benign)
+    architecture, ground, tuning = prepared.released.architecture, prepared.ground, spec.attack.tuning
+    meter = Meter(prepared, spec.attack, bench.runtime, architecture.head(model, ground.classes), started=began)
+    records: list[Record] = []
+
+    def note(step: int, how: str) -> None:
+        for split, data in (("validation", ground.validation), ("test", ground.test)):
+            value, loss = evaluate(model, data, bench.task, bench.runtime)
+            for name, simulated in zip(spec.names, spec.simulated, strict=True):
+                records.append(
+                    Record(
+                        model=spec.model,
+                        attack=name,
+                        seed=spec.seed,
+                        step=step,
+                        last_step=tuning.steps,
+                        split=split,
+                        metric=bench.task.metric,
+                        value=value,
+                        loss=loss if math.isfinite(loss) else None,
+                        samples=meter.samples(step),
+                        seconds=meter.seconds,
+                        simulated=simulated,
+                        diverged=how == "diverged",
+                        provenance=bench.provenance,
+                        flops=meter.flops(step),
+                        images=len(prepared.train),
+                        setting=spec.setting,
+                        converged=how == "converged",
+                        dead=meter.dead,
+                    )
+                )
+
+    # Paired by construction: protected and clean share data order and new layers; scratch shares the data order.
+    tuning.run_from(
+        prepared.released.state,
+        model,
+        prepared.train,
+        bench.task,
+        architecture,
+        ground.classes,
+        runtime=bench.runtime,
+        seed=derive(spec.seed, "attack"),
+        steps=bench.curve(tuning.steps),
+        note=note,
+        inspect=meter.inspect,
+        converged=CONVERGED,
+    )
+    return records

@@ -1,0 +1,63 @@
+"""The optimisers an adversary may take: torch's own, and sharpness-aware minimisation, which torch lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Parameters = Iterable[nn.Parameter]
+Maker = Callable[[Parameters, float, float], torch.optim.Optimizer]
+
+
+class SAM(torch.optim.SGD):
+    """Sharpness-aware minimisation (Foret et al., ICLR 2021) over SGD with momentum 0.9.
+
+    A step takes the gradient at w + ρ·g/‖g‖, where g is the gradient at w (Eq. 2 and 3 there), so it costs two
+    backward passes. `step` needs a closure that computes the loss and its gradients anew; the gradients at w must be
+    there already.
+    """
+
+    def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0, rho: float = 0.05) -> None:
+        super().__init__(parameters, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+        self.rho = rho
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Climb to w + ρ·g/‖g‖, take the gradient there, come back, and step with it."""
+        if closure is None:
+            raise TypeError("SAM.step needs a closure that computes the gradients anew")
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before: list[Tensor] = [p.detach().clone() for p in moved]
+        gradients = [p.grad for p in moved if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_add_(moved, torch._foreach_mul(gradients, self.rho / (norm + 1e-12)))
+        with torch.enable_grad():
+            closure()
+        torch._foreach_copy_(moved, before)
+        super().step()
+
+
+def passes(optimiser: str) -> int:
+    """Forward and backward passes that one step of an optimiser makes."""
+    return 2 if optimiser == "sam" else 1
+
+
+# Momentum is 0.9 as in the paper's attack. `foreach` spares small models most of the Python between kernels.
+OPTIMISERS: Mapping[str, Maker] = MappingProxyType(
+    {
+        "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, weight_decay=wd, foreach=True),
+        "momentum": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd, foreach=True),
+        "nesterov": lambda p, lr, wd: torch.optim.SGD(
+            p, lr, momentum=0.9, weight_decay=wd, nesterov=True, foreach=True
+        ),
+        "adagrad": lambda p, lr, wd: torch.optim.Adagrad(p, lr, weight_decay=wd, foreach=True),
+        "adadelta": lambda p, lr, wd: torch.optim.Adadelta(p, lr, weight_decay=wd, foreach=True),
+        "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, foreach=True),
+        "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, foreach=True),
+        "sam": SAM,
+    }
+)

@@ -1,0 +1,101 @@
+"""Independent pieces of one audit at work: in this process, in several on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN
+from holdfast.cells import Bench, CellSpec
+from holdfast.errors import UserError, one_line
+from holdfast.runtime import Runtime, threads
+
+R = TypeVar("R")
+Work = Callable[[Bench, CellSpec], R]
+CPU = Runtime("cpu")
+GPU_SHARE = 4  # cells of small models that share one GPU
+
+
+def run_all(
+    work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | None = None, ray: str | None = None
+) -> Iterator[R]:
+    """`work(bench, spec)` for every spec, in whatever order they are done.
+
+    `jobs`: processes, one thread each (default: one a core; on a GPU, where cells share the device, four). `ray`: the
+    address of a Ray cluster instead, `local` for one on this machine with `jobs` workers.
+    """
+    if ray is not None:
+        yield from _on_ray(work, bench, specs, jobs, ray)
+        return
+    on_cpu = bench.runtime.device == "cpu"
+    workers = min(len(specs), jobs or ((os.cpu_count() or 1) if on_cpu else GPU_SHARE))
+    if workers <= 1:
+        with threads(1 if on_cpu else None):
+            yield from (work(bench, spec) for spec in specs)
+        return
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
+    sent = bench.to(CPU)
+    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
+    yield from parallel(delayed(_elsewhere)(work, needed(sent, spec), spec) for spec in specs)
+    get_reusable_executor().shutdown(wait=True)  # only then is the workers' peak memory known
+
+
+def needed(bench: Bench, spec: CellSpec) -> Bench:
+    """The bench without what the spec's cell does not look at: less to send."""
+    means = {e.needs for e in spec.attack.all_edits()}
+    states = {n: s for n, s in bench.states.items() if n == spec.model}
+    original = bench.original if ORIGINAL_DATA in means else ()
+    benign = bench.benign if spec.benign or THIRD_DOMAIN in means else None
+    return replace(bench, states=states, original=original, benign=benign)
+
+
+def _elsewhere(work: Work[R], bench: Bench, spec: CellSpec) -> R:
+    """In a worker: one thread, the data on the device."""
+    with threads(1):
+        return work(bench.to(bench.runtime), spec)
+
+
+def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | None, address: str) -> Iterator[R]:
+    ray = _connect(address, jobs)
+    share = 1 / GPU_SHARE if bench.runtime.device.startswith("cuda") else 0
+    # Ray starts a task again whose worker died; errors of our own it passes on.
+    task = ray.remote(num_cpus=1, num_gpus=share, max_retries=3)(_elsewhere)
+    try:
+        shared = ray.put(bench.to(CPU))  # once, not with every cell
+        waiting = [task.remote(work, shared, spec) for spec in specs]
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(done[0])
+    finally:
+        if address == "local":
+            ray.shutdown()
+
+
+def _connect(address: str, jobs: int | None) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--ray needs Ray: pip install 'holdfast[ray]'") from None
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU cell must not hide the GPUs of others
+    if ray.is_initialized():
+        return ray
+    try:
+        if address == "local":
+            count = jobs or os.cpu_count()
+            ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, log_to_driver=False)
+        else:
+            ray.init(address=address, log_to_driver=False)
+    except Exception as error:  # whatever a cluster that is not there makes Ray raise
+        raise UserError(
+            f"cannot reach a Ray cluster at '{address}': {one_line(error, 160)}; expected auto, HOST:PORT, "
+            "ray://HOST:10001, or local"
+        ) from None
+    return ray
