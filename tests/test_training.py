@@ -103,7 +103,8 @@ class TestFineTuning:
         fresh = tuning.initialise_from(model, state, architecture, 5, seed=1)
         start = state_of(model)
         tuning.run(model, original.train, task, architecture, 5, runtime=runtime, seed=1)
-        after = model.state_dict()
+        # An adapter's layer keeps its weights under another name, and adds its own.
+        after = {k.replace("base_layer.", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
         moved = {k for k, v in after.items() if not torch.equal(v, start[k])}
         self.kept = {k for k in start if torch.equal(start[k], state[k])}
         self.fresh = fresh
@@ -121,6 +122,7 @@ class TestFineTuning:
             "initFC+FC": (head, head),
             "initFC+all": (head, parameters),
             "last-k+all": (head | last, parameters),
+            "initFC+LoRA": (head, head),
             "scratch": (parameters, parameters),
         }[name]
         assert self.fresh == expected[0]

@@ -3,11 +3,15 @@ verdict *held*."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.metrics import LEARNS
+from holdfast.audit import MODELS
+from holdfast.measured import Measured
+from holdfast.metrics import LEARNS, MARGIN
+from holdfast.records import SearchRecord
+from holdfast.statistics import interval, mean, paired
 
 ENOUGH_SEEDS = 3
 
@@ -25,46 +29,157 @@ class Check:
         return asdict(self)
 
 
-def run_checks(
-    attacks: Sequence[dict[str, Any]], seeds: int, chance: float, diverged: Sequence[str], intactness: bool
-) -> list[Check]:
-    """Checks over the summary's list of attacks, the number of seeds, and what diverged (`attack (model)`)."""
-    best_clean = max(a["clean"][-1] for a in attacks)
-    best_scratch = max(a["scratch"][-1] for a in attacks)
-    idle = [a["name"] for a in attacks if a["clean"][-1] - chance < LEARNS]
-    spread = "one seed has no spread" if seeds == 1 else "their interval is wide"
+@dataclass(frozen=True)
+class Evidence:
+    """What the checks look at. `entries`: the summary's list of attacks; `about`: what is known of each attack
+    (`inputs.attack_facts`), empty for audits of older versions; `diverged`: `attack (model)`; `left_out`: attacks of
+    the battery that were not run, and why."""
+
+    entries: Sequence[Mapping[str, Any]]
+    measured: Sequence[Measured]
+    searches: Sequence[SearchRecord]
+    chance: float
+    diverged: Sequence[str]
+    intactness: bool
+    about: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, str]
+
+    @property
+    def seeds(self) -> int:
+        """Audit seeds."""
+        return len(self.measured[0].protected)
+
+
+def run_checks(seen: Evidence) -> list[Check]:
+    """All checks, in the order of the report."""
     return [
-        Check(
-            "the clean model learns",
-            best_clean - chance >= LEARNS,
-            f"best {best_clean:.3f}, chance {chance:.3f}"
-            + (f"; says nothing, as it does not train the clean model either: {', '.join(idle)}" if idle else ""),
-        ),
-        Check(
-            "the model from scratch learns",
-            best_scratch - chance >= LEARNS,
-            f"best {best_scratch:.3f}, chance {chance:.3f}",
-        ),
+        *_learning(seen),
+        _edge(seen),
+        _diverged(seen),
+        _dead(seen),
+        _order(seen),
+        _seeds(seen),
+        _intactness(seen),
+        _unseen(seen),
+        _whole(seen),
+    ]
+
+
+def _learning(seen: Evidence) -> list[Check]:
+    best = {m: max(a[m][-1] for a in seen.entries) for m in ("clean", "scratch")}
+    idle = [a["name"] for a in seen.entries if a["clean"][-1] - seen.chance < LEARNS]
+    nothing = f"; says nothing, as it does not train the clean model either: {', '.join(idle)}" if idle else ""
+    ahead = any(a["clean_ahead"] for a in seen.entries)
+    shown = {m: f"best {best[m]:.3f}, chance {seen.chance:.3f}" for m in best}
+    return [
+        Check("the clean model learns", best["clean"] - seen.chance >= LEARNS, shown["clean"] + nothing),
+        Check("the model from scratch learns", best["scratch"] - seen.chance >= LEARNS, shown["scratch"]),
         Check(
             "pre-training helps the attacker",
-            any(a["clean_ahead"] for a in attacks),
+            ahead,
             "the clean model is more than 2 points ahead of scratch along the way under some attack"
-            if any(a["clean_ahead"] for a in attacks)
+            if ahead
             else "the clean model is nowhere better than scratch: there is nothing to protect in this pair",
         ),
-        Check(
-            "enough seeds",
-            seeds >= ENOUGH_SEEDS,
-            f"{seeds} of at least {ENOUGH_SEEDS}" + ("" if seeds >= ENOUGH_SEEDS else f": {spread}"),
-        ),
-        Check(
-            "no attack diverged",
-            not diverged,
-            "all losses stayed finite" if not diverged else f"not finite under: {', '.join(sorted(set(diverged)))}",
-        ),
-        Check(
-            "intactness was measured",
-            intactness,
-            "on original test data" if intactness else "no original domain was given",
-        ),
     ]
+
+
+def _edge(seen: Evidence) -> Check:
+    at = {
+        m: [f"{s.attacks[0]} (lr {s.chosen['lr']:g})" for s in seen.searches if s.edge and s.model == m] for m in MODELS
+    }
+    others = "; ".join(f"{m}: {', '.join(at[m])}" for m in ("clean", "scratch") if at[m])
+    if at["protected"]:
+        message = f"another decade might be stronger under {', '.join(at['protected'])}"
+    else:
+        message = f"{len(seen.searches)} searches" if seen.searches else "nothing was searched"
+    return Check(
+        "no best learning rate at the grid's edge",
+        not at["protected"],
+        message + (f"; at the edge for the controls: {others}" if others else ""),
+    )
+
+
+def _diverged(seen: Evidence) -> Check:
+    names = ", ".join(sorted(set(seen.diverged)))
+    return Check("no attack diverged", not names, f"not finite under: {names}" if names else "all losses stayed finite")
+
+
+def _dead(seen: Evidence) -> Check:
+    name = "no gradient is dead unless an edit could revive it"
+    dead = [m for m in seen.measured if "protected" in m.dead]
+    if not dead:
+        return Check(name, True, "gradients reach the protected model's body under every attack that trains it")
+    where = f"no gradient reaches the protected model's body under {', '.join(m.name for m in dead)}"
+    reviving = [m for m in seen.measured if seen.about.get(m.name, {}).get("revives")]
+    if not reviving:
+        return Check(name, False, f"{where}, and no attack of this audit revives dead units")
+    best = max(reviving, key=lambda m: mean(m.final("protected")))
+    return Check(name, True, f"{where}; {best.name}, which revives, takes it to {mean(best.final('protected')):.3f}")
+
+
+def _order(seen: Evidence) -> Check:
+    name = "no weaker attack beats a stronger one"
+    pairs = [
+        (weak, strong)
+        for weak in seen.measured
+        for strong in seen.measured
+        if weaker(seen.about.get(weak.name), seen.about.get(strong.name))
+    ]
+    wrong: dict[str, list[str]] = {m: [] for m in MODELS}
+    for weak, strong in pairs:
+        for model in MODELS:
+            gap = paired(weak.final(model), strong.final(model))
+            limits = interval(gap)
+            if mean(gap) > MARGIN and (limits is None or limits[0] > 0):
+                wrong[model].append(f"{weak.name} over {strong.name}, by {100 * mean(gap):.1f} points")
+    others = "; ".join(f"{m}: {', '.join(wrong[m])}" for m in ("clean", "scratch") if wrong[m])
+    message = ", ".join(wrong["protected"]) or f"{len(pairs)} pairs compared"
+    return Check(name, not wrong["protected"], message + (f"; for the controls: {others}" if others else ""))
+
+
+def weaker(weak: Mapping[str, Any] | None, strong: Mapping[str, Any] | None) -> bool:
+    """Whether the second attack is the first with more: more steps, more data, or its learning rate searched for
+    among values that hold the first one's."""
+    if not weak or not strong or [e["summary"] for e in weak["edits"]] != [e["summary"] for e in strong["edits"]]:
+        return False
+    ours, theirs = dict(weak["tuning"]), dict(strong["tuning"])
+    steps, rates = (ours.pop("steps"), theirs.pop("steps")), (ours.pop("lr"), theirs.pop("lr"))
+    if ours != theirs:
+        return False
+    fractions = weak["fraction"], strong["fraction"]
+    if weak["searched"] is None and strong["searched"] is not None:
+        return rates[0] in strong["searched"] and steps[0] == steps[1] and fractions[0] == fractions[1]
+    if weak["searched"] != strong["searched"] or (weak["searched"] is None and rates[0] != rates[1]):
+        return False
+    more = (steps[1] > steps[0], fractions[1] > fractions[0])
+    return any(more) and steps[1] >= steps[0] and fractions[1] >= fractions[0]
+
+
+def _seeds(seen: Evidence) -> Check:
+    spread = "one seed has no spread" if seen.seeds == 1 else "their interval is wide"
+    enough = seen.seeds >= ENOUGH_SEEDS
+    return Check("enough seeds", enough, f"{seen.seeds} of at least {ENOUGH_SEEDS}" + ("" if enough else f": {spread}"))
+
+
+def _intactness(seen: Evidence) -> Check:
+    return Check(
+        "intactness was measured",
+        seen.intactness,
+        "on original test data" if seen.intactness else "no original domain was given",
+    )
+
+
+def _unseen(seen: Evidence) -> Check:
+    known = [a["name"] for a in seen.entries if a["simulated"]]
+    return Check(
+        "some attacks were not simulated by the defence",
+        len(known) < len(seen.entries),
+        f"{len(seen.entries) - len(known)} of {len(seen.entries)} are none that it trained against",
+    )
+
+
+def _whole(seen: Evidence) -> Check:
+    missing = [n for n, why in seen.left_out.items() if "pip install" in why]
+    said = "; ".join(f"{n} ({why})" for n, why in seen.left_out.items())
+    return Check("nothing was left out for want of a library", not missing, f"left out: {said}" if said else "all ran")

@@ -33,7 +33,7 @@ def learning_curves(attack: Mapping[str, Any], chance: float, metric: str) -> by
     axes = figure.subplots()
     _draw_curves(axes, attack, chance, metric)
     axes.legend(loc="best", fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def all_curves(attacks: Sequence[Mapping[str, Any]], chance: float, metric: str) -> bytes:
@@ -48,7 +48,7 @@ def all_curves(attacks: Sequence[Mapping[str, Any]], chance: float, metric: str)
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_curves(axes: Axes, attack: Mapping[str, Any], chance: float, metric: str) -> None:
@@ -93,10 +93,11 @@ def protection_curves(checks: Sequence[Mapping[str, float]], floor: float | None
     axes.set_ylabel("metric (%)")
     axes.legend(loc="best", fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EXPLAINED = {
@@ -48,6 +49,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         f"{percent(worst['protected']['final'])}; the clean model reaches {percent(worst['clean']['final'])} at its "
         f"best, a model from scratch {percent(worst['scratch']['final'])} (chance {percent(restricted['chance'])}).",
     ]
+    said += _undone(restricted["undone"])
     default = attacks.get(PAPER_DEFAULT)
     if default:
         below = default["protected"][-1] < min(default["clean"][-1], default["scratch"][-1])
@@ -60,15 +62,82 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         if stronger:
             said.append(
                 f"Resisting that attack alone shows little: {len(stronger)} of the {len(attacks) - 1} other attacks do "
-                f"more than 5 points better ({', '.join(stronger)})."
+                f"more than 5 points better ({_some(stronger)})."
             )
     telling = [a for a in attacks.values() if a["verdict"] != "inconclusive"]
     beaten = [a["name"] for a in telling if a["verdict"] != "held"]
     said.append(
         f"Taken one by one, {len(telling) - len(beaten)} of {len(telling)} attacks that train the clean model are held"
-        + (f"; not held: {', '.join(beaten)}." if beaten else ".")
+        + (f"; not held: {_some(beaten)}." if beaten else ".")
     )
+    return said + _benign(summary["benign"])
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _undone(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    edits = " and ".join(found["edits"])
+    return [
+        f"What undoes it: {edits}. {found['attack']} does {100 * found['gain']:.0f} points better {found['measured']} "
+        f"than the best attack that edits no weights ({found['without']})."
+    ]
+
+
+def _benign(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    says = "stays as trainable" if found["kept"] else "is harder to train"
+    return [
+        f"For a harmless third domain the protected model {says}: {percent(found['protected'][-1])} against "
+        f"{percent(found['clean'][-1])} of the clean model ({percent(found['scratch'][-1])} from scratch)."
+    ]
+
+
+def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: str) -> list[str]:
+    """What would break this: attacks that beat scratch, more steps, more data, and what was not tried."""
+    restricted = summary["restricted"]
+    ahead = [a for a in restricted["attacks"] if a["interval"] and a["interval"][0] > 0]
+    said = []
+    for attack in ahead[:5]:
+        gap = 100 * sum(attack["difference"]) / len(attack["difference"])
+        needs = ", ".join(attack["needs"]) or "weights only"
+        cost = f" ({attack['cost']})" if attack["cost"] else ""
+        said.append(f"{attack['name']}: {gap:+.0f} points over scratch, needs {needs}{cost}.")
+    if len(ahead) > 5:
+        said.append(f"{len(ahead) - 5} more attacks end above scratch beyond chance.")
+    if not ahead:
+        said.append("No attack of this audit ends above scratch beyond chance.")
+    sooner = sorted(
+        (a for a in restricted["attacks"] if a["cost_ratio"] is not None and a["cost_ratio"] < 1),
+        key=lambda a: a["cost_ratio"],
+    )
+    if sooner:
+        fastest = ", ".join(f"{a['name']} ({a['cost_ratio']:.2f})" for a in sooner[:3])
+        said.append(f"{len(sooner)} attacks reach scratch's level in fewer steps than scratch: {fastest}.")
+    said += _more_data(restricted["slc"])
+    if left_out:
+        said.append(f"Not tried, as it could not be: {'; '.join(f'{n} ({why})' for n, why in left_out.items())}.")
+    untried = "" if battery.startswith("adaptive") else " The battery adaptive adds an attacker who knows the defence."
+    last = max(a["steps"][-1] for a in restricted["attacks"])
+    said.append(f"Longer than {last} steps, and with more images than here, nobody has tried.{untried}")
     return said
+
+
+def _more_data(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    auc = found["auc"]["protected"]
+    limits = f" ({auc['interval'][0]:+.2f} … {auc['interval'][1]:+.2f})" if auc["interval"] else ""
+    return [
+        f"SLC-AUC over {percent(found['fractions'][0], 0)} to 100 % of the adversary's data: {auc['mean']:+.2f}"
+        f"{limits}; clean {found['auc']['clean']['mean']:+.2f}. Below 0 the weights are worse than none."
+    ]
 
 
 def _intactness(found: dict[str, Any] | None) -> list[str]:

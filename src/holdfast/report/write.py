@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from holdfast.audit import AuditFiles
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
-from holdfast.records import Record, RecordFile
-from holdfast.report import figures
-from holdfast.report.words import conclusion, cost, percent, signed_points
-from holdfast.summary import measured, summarise
+from holdfast.measured import measured
+from holdfast.records import Record, RecordFile, SearchRecord
+from holdfast.report import figures, maps
+from holdfast.report.words import conclusion, cost, percent, signed_points, weaknesses
+from holdfast.summary import summarise
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -23,8 +25,10 @@ def write_report(folder: Path) -> dict[str, Any]:
     if not records:
         raise UserError(f"{folder} holds no audit (no records.jsonl); run `holdfast audit` or `holdfast run` first")
     facts = _facts(folder, records)
-    summary = summarise(records, facts["provenance"]["restricted"]["chance"], facts["cost"])
-    pictures = _draw(folder, summary, facts)
+    searches = AuditFiles(folder).searches.read()
+    chance = facts["provenance"]["restricted"]["chance"]
+    summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
+    pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("holdfast.report", "templates"),
@@ -72,11 +76,23 @@ def _cell_seconds(records: list[Record]) -> float:
     return sum(ends.values())
 
 
-def _draw(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> dict[str, Path]:
+PANELS = 12  # attacks with a figure of their own, the strongest; `curves` has all
+
+
+def _draw(
+    folder: Path, summary: dict[str, Any], facts: dict[str, Any], searches: Sequence[SearchRecord]
+) -> dict[str, Path]:
     restricted = summary["restricted"]
     chance, metric = restricted["chance"], restricted["metric"]
-    drawn = {"curves": figures.all_curves(restricted["attacks"], chance, metric)}
-    for number, attack in enumerate(restricted["attacks"], start=1):
+    drawn = {
+        "curves": figures.all_curves(restricted["attacks"], chance, metric),
+        "worst-case": maps.worst_case_curves(restricted["worst_case"], chance, metric),
+        "heat-seeds": maps.heat_over_seeds(restricted["attacks"]),
+    }
+    rates = maps.heat_over_rates(searches)
+    drawn |= {"heat-rates": rates} if rates else {}
+    drawn |= {"slc": maps.data_curves(restricted["slc"], chance, metric)} if restricted["slc"] else {}
+    for number, attack in enumerate(restricted["attacks"][:PANELS], start=1):
         drawn[_picture(number, attack)] = figures.learning_curves(attack, chance, metric)
     protection = facts["protection"]
     if protection and protection["checks"]:
@@ -89,6 +105,12 @@ def _draw(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> dict[
         paths[name] = folder / "figures" / f"{name}.png"
         write_atomic(paths[name], data)
     return paths
+
+
+def _left_out(provenance: dict[str, Any]) -> dict[str, str]:
+    """Attacks that were not run, and why (a list of names in audits of older versions)."""
+    found = provenance.get("left_out") or {}
+    return found if isinstance(found, dict) else dict.fromkeys(found, "other number of classes")
 
 
 def _simulated(foreign: bool) -> Callable[[dict[str, Any]], str]:
@@ -112,6 +134,7 @@ def _context(
             {
                 "attack": attack,
                 "picture": _picture(number, attack),
+                "about": facts["provenance"].get("attacks", {}).get(attack["name"]),
                 "seeds": len(found.protected),
                 "models": [(m, attack[m], attack["deviation"][m]) for m in ("scratch", "clean", "protected")],
             }
@@ -124,6 +147,10 @@ def _context(
         "rows": rows,
         "tables": list(tables.items()),
         "conclusion": conclusion(summary),
+        "weaknesses": weaknesses(summary, _left_out(facts["provenance"]), facts["provenance"]["battery"]),
+        "panels": PANELS,
+        "needs": sorted({n for a in summary["restricted"]["attacks"] for n in a["needs"]}),
+        "left_out": _left_out(facts["provenance"]),
         "recipe": facts["manifest"]["recipe"],
         "fingerprint": facts["manifest"]["fingerprint"],
         "provenance": facts["provenance"],

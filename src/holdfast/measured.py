@@ -1,0 +1,122 @@
+"""From records to curves: what each model reached under each attack, what it cost, and the worst case."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.audit import BENIGN, MODELS, ORIGINAL
+from holdfast.errors import require
+from holdfast.metrics import Verdict, area, strongest, verdict
+from holdfast.records import Record, curves
+from holdfast.statistics import deviation, mean
+
+Curves = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Curves (seeds, steps) of the three models under one attack, on one split.
+
+    `samples` and `flops`: what the attacker had spent at each evaluation, by model. `images`: how many it has.
+    `settings`: what a search chose, by model. `dead`: models whose body got no gradient in the first step.
+    """
+
+    name: str
+    simulated: bool
+    steps: list[int]
+    protected: Curves
+    clean: Curves
+    scratch: Curves
+    samples: Mapping[str, list[float]]
+    flops: Mapping[str, list[float]]
+    images: int
+    settings: Mapping[str, dict[str, Any] | None]
+    dead: tuple[str, ...]
+
+    def mean(self, model: str) -> list[float]:
+        """The mean over seeds at each step."""
+        return [mean(column) for column in zip(*getattr(self, model), strict=True)]
+
+    def deviation(self, model: str) -> list[float]:
+        """The sample deviation over seeds at each step."""
+        return [deviation(column) for column in zip(*getattr(self, model), strict=True)]
+
+    def final(self, model: str) -> list[float]:
+        """The last value of every seed."""
+        return [curve[-1] for curve in getattr(self, model)]
+
+    def points(self, budget: int) -> int:
+        """How many evaluations (step 0 included) lie within `budget` steps; never fewer than two."""
+        return max(2, sum(s <= budget for s in self.steps))
+
+
+def measured(records: Sequence[Record], split: str = "test") -> list[Measured]:
+    """The attacks in the order in which they were planned. Raises `UserError` where cells are missing."""
+    names = list(dict.fromkeys(r.attack for r in records if r.attack not in (ORIGINAL, BENIGN)))
+    require(bool(names), "there are no records of an attack yet; run `holdfast audit` first")
+    return [one_attack(records, name, split) for name in names]
+
+
+def one_attack(records: Sequence[Record], name: str, split: str = "test") -> Measured:
+    """One attack's curves. Raises `UserError` where cells are missing."""
+    own = [r for r in records if r.attack == name and r.split == split]
+    by_model = {m: curves(own, m, name, split) for m in MODELS}
+    steps, seeds, _ = by_model["protected"]
+    require(
+        all(s == steps and n == seeds for s, n, _ in by_model.values()),
+        f"the audit of '{name}' is unfinished; continue it with `holdfast audit … --resume`",
+    )
+    rows = {m: [r for r in own if r.model == m] for m in MODELS}
+    return Measured(
+        name,
+        any(r.simulated for r in rows["protected"]),
+        steps,
+        by_model["protected"][2],
+        by_model["clean"][2],
+        by_model["scratch"][2],
+        samples={m: _spent(rows[m], steps, "samples") for m in MODELS},
+        flops={m: _spent(rows[m], steps, "flops") for m in MODELS},
+        images=max(r.images for r in own),
+        settings={m: rows[m][0].setting for m in MODELS},
+        dead=tuple(m for m in MODELS if any(r.dead for r in rows[m])),
+    )
+
+
+def _spent(rows: Sequence[Record], steps: Sequence[int], what: str) -> list[float]:
+    return [mean([getattr(r, what) for r in rows if r.step == step]) for step in steps]
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """The attack that each model's owner would choose on *validation* data, and what it gives on *test* data.
+
+    `budget`: the steps that most attacks have; along the way counts until there.
+    """
+
+    protected: Measured
+    clean: Measured
+    scratch: Measured
+    budget: int
+    verdict: Verdict
+
+    def along(self, model: str) -> float:
+        """Mean over the evaluations within the common budget."""
+        found: Measured = getattr(self, model)
+        return area(found.mean(model)[: found.points(self.budget)])
+
+
+def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance: float) -> WorstCase:
+    """The best on validation data for each model on its own: among the attacks whose final metric is within the
+    margin of the best one (a difference that small is chance), the one that is best along the way."""
+    budget = Counter(m.steps[-1] for m in test).most_common(1)[0][0]
+
+    def best(model: str) -> Measured:
+        return test[strongest([m.mean(model) for m in validation], [m.points(budget) for m in validation])]
+
+    protected, clean, scratch = (best(m) for m in MODELS)
+    points = (protected.points(budget), clean.points(budget), scratch.points(budget))
+    found = verdict(protected.protected, clean.clean, scratch.scratch, chance, points)
+    return WorstCase(protected, clean, scratch, budget, found)
