@@ -174,3 +174,46 @@ class TestFineTuning:
     def test_the_defaults_are_the_papers_attack(self) -> None:
         t = FineTuning.named("direct+all")
         assert (t.optimiser, t.lr, t.batch_size, t.weight_decay, t.steps) == ("momentum", 1e-4, 200, 1e-4, 5000)
+
+
+class TestRunFrom:
+    """What is noted along a run: while it runs, after it diverged or converged, and when it is told to stop."""
+
+    def noted(self, tuning, state, original, architecture, task, runtime, **more) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        stop = more.pop("stop", None)
+        tuning.run_from(
+            state,
+            architecture.build(5),
+            original.train,
+            task,
+            architecture,
+            5,
+            runtime=runtime,
+            seed=1,
+            steps=[2, 4, 8],
+            note=lambda step, how: found.append((step, how)) or step == stop,
+            **more,
+        )
+        return found
+
+    def test_to_its_end(self, clean_state, original, architecture, task, runtime) -> None:
+        tuning = FineTuning(steps=8, batch_size=20)
+        found = self.noted(tuning, clean_state, original, architecture, task, runtime)
+        assert found == [(s, "running") for s in (0, 2, 4, 8)]
+
+    def test_told_to_stop(self, clean_state, original, architecture, task, runtime) -> None:
+        tuning = FineTuning(steps=8, batch_size=20)
+        found = self.noted(tuning, clean_state, original, architecture, task, runtime, stop=4)
+        assert found == [(s, "running") for s in (0, 2, 4)]
+
+    def test_converged(self, clean_state, original, architecture, task, runtime) -> None:
+        tuning = FineTuning(steps=8, batch_size=20)
+        found = self.noted(tuning, clean_state, original, architecture, task, runtime, converged=100.0)
+        assert found == [(0, "running"), (2, "running"), (4, "converged"), (8, "converged")]
+
+    def test_diverged(self, clean_state, original, architecture, task, runtime) -> None:
+        broken = {n: v.clone() for n, v in clean_state.items()}
+        broken["14.bias"][:] = math.nan
+        found = self.noted(FineTuning(steps=8, batch_size=20), broken, original, architecture, task, runtime)
+        assert found == [(0, "running"), (2, "diverged"), (4, "diverged"), (8, "diverged")]

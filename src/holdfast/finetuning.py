@@ -25,6 +25,7 @@ from holdfast.training import AfterStep, FitResult, fit, minibatches
 
 Initialise = Literal["keep", "head", "last-k", "scratch"]
 Train = Literal["all", "head", "lora"]
+MOST_LR = 100.0  # Adadelta's best is sometimes above 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class FineTuning:
         if self.optimiser not in OPTIMISERS:
             raise unknown("optimiser", self.optimiser, OPTIMISERS)
         require(self.schedule in ("constant", "cosine"), f"schedule must be constant or cosine, got '{self.schedule}'")
-        require(0 < self.lr <= 10, f"lr must lie in (0, 10], but got {self.lr}")
+        require(0 < self.lr <= MOST_LR, f"lr must lie in (0, {MOST_LR:g}], but got {self.lr}")
         require(0 <= self.weight_decay < 1, f"weight_decay must lie in [0, 1), but got {self.weight_decay}")
         for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 0), ("k", 1), ("rank", 1)):
             require(getattr(self, name) >= least, f"{name} must be at least {least}, but got {getattr(self, name)}")
@@ -221,10 +222,10 @@ class FineTuning:
         self.initialise_from(model, state, architecture, classes, seed)
         note(0, "running")
         recent: list[float] = []
-        last = 0
+        last, enough = 0, False
 
         def after_step(step: int, loss: float) -> bool:
-            nonlocal last
+            nonlocal last, enough
             if step == 1 and inspect is not None:
                 inspect(model)
             recent.append(loss)
@@ -233,10 +234,11 @@ class FineTuning:
             last = step
             quiet = sum(recent) / len(recent) < converged
             recent.clear()
-            return bool(note(step, "running")) or quiet
+            enough = bool(note(step, "running"))
+            return enough or quiet
 
         result = self.run(model, data, task, architecture, classes, runtime=runtime, seed=seed, after_step=after_step)
-        if result.diverged_at or result.steps < self.steps:
+        if not enough:  # nothing is left of a run that made all its steps
             for step in (s for s in steps if s > last):
                 if note(step, "diverged" if result.diverged_at else "converged"):
                     break

@@ -10,13 +10,14 @@ import optuna
 
 from holdfast.attacks.attack import Attack, Search
 from holdfast.cells import CONVERGED, Bench, CellSpec, Meter, start
+from holdfast.finetuning import MOST_LR
 from holdfast.metrics import LEARNS, MARGIN, strongest
 from holdfast.records import SearchRecord
 from holdfast.seeding import derive
 from holdfast.training import evaluate
 
 SEED = 0  # the audit seed whose data the attacker searches on
-LIMITS = (1e-8, 10.0)  # of the learning rate
+LIMITS = (1e-8, MOST_LR)  # of the learning rate
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -46,7 +47,7 @@ class Tries:
             return None
         lr = float(best["setting"]["lr"])
         beyond = lr * 10 if lr == high else lr / 10
-        return round(beyond, 12) if LIMITS[0] <= beyond <= LIMITS[1] else None
+        return round(beyond, 12)
 
 
 def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
@@ -66,7 +67,7 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
         _try(bench, spec, search, study, tries, steps, lr)
     for _ in range(search.extend):
         beyond = tries.at_edge(chance)
-        if beyond is None:
+        if beyond is None or not LIMITS[0] <= beyond <= LIMITS[1]:
             break
         _try(bench, spec, search, study, tries, steps, beyond)
     for _ in range(search.trials):

@@ -10,7 +10,7 @@ from holdfast.adapters import adaptable_layers
 from holdfast.attacks.edits import make_edit
 from holdfast.attacks.released import DEFENCE_KNOWN, ORIGINAL_DATA, THIRD_DOMAIN, WEIGHTS_ONLY, Edit, Released
 from holdfast.errors import UserError, require, unknown
-from holdfast.finetuning import FineTuning
+from holdfast.finetuning import MOST_LR, FineTuning
 from holdfast.optimisers import OPTIMISERS
 
 DECADES = (1e-3, 1e-2, 1e-4, 1e-1, 1e-5)  # the likeliest first, so that those after it can be given up early
@@ -43,7 +43,7 @@ class Search:
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(tuple(make_edit(e) for e in chain) for chain in self.edits))
         require(bool(self.lr), "search.lr must not be empty")
-        require(all(0 < lr <= 10 for lr in self.lr), f"search.lr must lie in (0, 10], but got {self.lr}")
+        require(all(0 < lr <= MOST_LR for lr in self.lr), f"search.lr must lie in (0, {MOST_LR:g}], got {self.lr}")
         require(len(set(self.lr)) == len(self.lr), f"search.lr names a value twice: {self.lr}")
         require(self.extend >= 0, f"search.extend must be at least 0, but got {self.extend}")
         require(self.trials >= 0, f"search.trials must be at least 0, but got {self.trials}")
