@@ -128,7 +128,7 @@ def _try(
         made.append(step)
         values.append(value)
         trial.report(value, step)
-        pruned = how == "running" and step < steps[-1] and trial.should_prune()
+        pruned = how == "running" and step < steps[-1] and bool(trial.should_prune())
         return pruned
 
     result = attack.tuning.run_from(
