@@ -26,6 +26,7 @@ class Tries:
     """What was tried so far, and what it cost."""
 
     trials: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
     samples: int = 0
     flops: float = 0.0
 
@@ -79,7 +80,7 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
         trials=tries.trials,
         chosen=best["setting"] if best else {"lr": search.lr[0]},
         edge=tries.at_edge(chance) is not None,
-        steps=sum(t["steps"][-1] for t in tries.trials),
+        steps=tries.steps,
         samples=tries.samples,
         flops=tries.flops,
         seconds=round(time.monotonic() - began, 3),
@@ -147,6 +148,7 @@ def _try(
     )
     state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
     study.tell(trial, None if pruned else values[-1], state)
+    tries.steps += result.steps
     tries.samples += meter.samples(result.steps)
     tries.flops += meter.flops(result.steps)
     tries.trials.append({"setting": setting, "steps": made, "values": values, "pruned": pruned})
