@@ -58,6 +58,7 @@ ORDER = [
     "report.maps",
     "report.write",
     "inputs",
+    "listing",
     "pipeline",
     "cli",
 ]

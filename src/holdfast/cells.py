@@ -16,7 +16,7 @@ from holdfast.attacks.released import Means, Released
 from holdfast.domains import ImageData, sample
 from holdfast.flops import training_flops
 from holdfast.metrics import evaluation_steps
-from holdfast.models import Architecture, State
+from holdfast.models import Architecture, State, state_of
 from holdfast.optimisers import passes
 from holdfast.records import Record
 from holdfast.runtime import Runtime
@@ -112,9 +112,11 @@ def prepare(bench: Bench, model: str, attack: Attack, seed: int, benign: bool = 
         bench.original[seed] if bench.original else None,
         bench.benign.train[seed] if bench.benign else None,
     )
-    fresh = derive(seed, "build")
-    state = bench.states.get(model) or bench.architecture.build(bench.head_classes, fresh).state_dict()
-    released = Released(bench.architecture, state, bench.head_classes)
+    if model in bench.states:
+        released = Released(bench.architecture, bench.states[model], bench.head_classes)
+    else:  # from scratch: a fresh model, with a head for what it is to learn
+        fresh = bench.architecture.build(ground.classes, derive(own, "scratch"))
+        released = Released(bench.architecture, state_of(fresh), ground.classes)
     for edit in attack.edits:
         released = edit.apply(released, means)
     return Prepared(released, train, ground, means)

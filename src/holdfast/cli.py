@@ -18,9 +18,10 @@ from holdfast.bundle import is_bundle, load_bundle
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
+from holdfast.listing import LISTS, listing
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
-from holdfast.recipes import Recipe, list_recipes, load_recipe, parse_recipe
+from holdfast.recipes import Recipe, load_recipe, parse_recipe
 
 app = typer.Typer(
     name="holdfast",
@@ -56,11 +57,28 @@ Preset = Annotated[
     str | None, typer.Option("--preset", metavar="NAME", help="Lay one of the recipe's presets over it, such as paper.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what has begun in --out.")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", help="Audit processes, one thread each. Default: one a core.")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="ADDRESS", help="Run the audit on a Ray cluster: auto, HOST:PORT, ray://…, or local."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
-def _load(recipe: str, preset: str | None, changes: list[str] | None) -> Recipe:
-    return load_recipe(recipe, preset, changes or [])
+def _load(
+    recipe: str, preset: str | None, changes: list[str] | None, jobs: int | None = None, ray: str | None = None
+) -> Recipe:
+    return load_recipe(recipe, preset, [*(changes or []), *_workers(jobs, ray)])
+
+
+def _workers(jobs: int | None, ray: str | None) -> list[str]:
+    """Options for the audit's workers, as changes of a recipe."""
+    given = {"runtime.jobs": jobs, "runtime.ray": ray}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def _stage(run: Run, stage: str) -> None:
@@ -77,10 +95,12 @@ def run(
     preset: Preset = None,
     changes: Set = None,
     resume: Resume = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
     quiet: Quiet = False,
 ) -> None:
     """The whole chain: pre-train where needed, protect, audit, report."""
-    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes, jobs, ray)), out, resume, Reporter(quiet))
     _headlines(work.all(), out)
 
 
@@ -88,11 +108,12 @@ def run(
 def demo(
     out: Out = Path("runs/demo"),
     resume: Resume = False,
+    jobs: Jobs = None,
     quiet: Quiet = False,
     changes: Set = None,
 ) -> None:
     """The whole chain on built-in digits in about two minutes: 0-4 are kept, 5-9 are restricted."""
-    _headlines(Run(Inputs(_load("demo", None, changes)), out, resume, Reporter(quiet)).all(), out)
+    _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, Reporter(quiet)).all(), out)
 
 
 @app.command()
@@ -151,6 +172,8 @@ def audit(
     preset: Preset = None,
     changes: Set = None,
     resume: Resume = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
     quiet: Quiet = False,
 ) -> None:
     """Attack a protected model beside two controls, and report. Needs a RECIPE, or --protected with --clean.
@@ -162,7 +185,7 @@ def audit(
     sections = {"model.name": model, "model.size": size, "original": original, "restricted": restricted}
     given = [f"{k}={json.dumps(v)}" for k, v in {**sections, "weights": clean}.items() if v is not None]
     if recipe is not None:
-        loaded = _load(recipe, preset, [*given, *(changes or [])])
+        loaded = _load(recipe, preset, [*given, *(changes or [])], jobs, ray)
     else:
         require(
             bool(protected and clean and restricted),
@@ -170,7 +193,7 @@ def audit(
         )
         raw: dict[str, Any] = {"name": "audit of a checkpoint", "original": original or restricted}
         raw["model"] = _model_of(clean, protected)
-        loaded = parse_recipe(raw, None, [*given, *(changes or [])], "audit")
+        loaded = parse_recipe(raw, None, [*given, *(changes or []), *_workers(jobs, ray)], "audit")
     if protected:
         require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
     has_original = protected is None or recipe is not None or original is not None
@@ -201,60 +224,21 @@ def report(
         _headlines(write_report(out), out)
 
 
-LISTS = ("defences", "attacks", "batteries", "domains", "models", "recipes")
-
-
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(LISTS))],
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, name → summary.")] = False,
 ) -> None:
-    """What there is: defences, attacks, batteries, domains, models, recipes."""
+    """What there is: defences, attacks, edits, batteries, domains, models, recipes."""
     if what not in LISTS:
         raise unknown("list", what, LISTS)
-    found = _listing(what)
+    found = listing(what)
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     width = min(40, max(map(len, found), default=0))
     for name, text in found.items():
         typer.echo(f"{name:<{width}}  {text}".rstrip())
-
-
-def _listing(what: str) -> dict[str, str]:
-    from holdfast.attacks.batteries import BATTERIES
-    from holdfast.defences.registry import DEFENCES
-    from holdfast.sources import known_names
-    from holdfast.torchvision_sets import TORCHVISION
-
-    if what == "defences":
-        return {n: (c.__doc__ or "").strip().split("\n")[0] for n, c in DEFENCES.items()}
-    if what == "batteries":
-        return {n: f"v{b.version}, {len(b.attacks)} attacks: {b.summary}" for n, b in BATTERIES.items()}
-    if what == "attacks":
-        attacks = {a.name: a.tuning for b in BATTERIES.values() for a in b.attacks}
-        return {n: f"{t.initialise}, trains {t.train}, {t.optimiser} lr {t.lr:g}" for n, t in attacks.items()}
-    if what == "domains":
-        local = {n: "built in" if n == "digits" else "in HOLDFAST_DATA" for n in known_names()}
-        remote = {n: f"torchvision {c}, downloaded" for n, (c, _) in TORCHVISION.items()}
-        forms = {"PATH": "class folders or Parquet", "hf:NAME": "Hugging Face datasets"}
-        return {**remote, **local, **forms}
-    if what == "recipes":
-        return {n: _describe(p) for n, p in list_recipes().items()}
-    import timm
-
-    return {
-        "small_conv": "four convolutions, for work on a CPU",
-        "module:factory": "your own: factory(classes) -> nn.Module",
-        **dict.fromkeys(timm.list_models(), "timm"),
-    }
-
-
-def _describe(path: Path) -> str:
-    import yaml
-
-    raw = yaml.safe_load(path.read_text())
-    return str(raw.get("description", "")).strip().split("\n")[0] if isinstance(raw, dict) else "(no recipe)"
 
 
 def _headlines(summary: dict[str, Any], out: Path) -> None:

@@ -24,6 +24,7 @@ from holdfast.tasks import Task
 from holdfast.training import AfterStep, FitResult, fit, minibatches
 
 Initialise = Literal["keep", "head", "last-k", "scratch"]
+INITIALISE: tuple[Initialise, ...] = ("keep", "head", "last-k", "scratch")
 Train = Literal["all", "head", "lora"]
 MOST_LR = 100.0  # Adadelta's best is sometimes above 1
 
@@ -57,7 +58,8 @@ class FineTuning:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        require(self.initialise in ("keep", "head", "last-k", "scratch"), f"initialise: '{self.initialise}' is unknown")
+        if self.initialise not in INITIALISE:
+            raise unknown("initialisation", self.initialise, INITIALISE)
         require(self.train in ("all", "head", "lora"), f"train must be all, head or lora, but got '{self.train}'")
         if self.augment not in AUGMENTATIONS:
             raise unknown("augmentation", self.augment, AUGMENTATIONS)
@@ -80,8 +82,13 @@ class FineTuning:
         return FineTuning(**{"initialise": initialise, "train": train, **changes})
 
     def control(self) -> FineTuning:
-        """The same optimisation from scratch, all parameters trained: baseline B1 of this attack."""
-        return replace(self, initialise="scratch", train="all", k=1, rank=8)
+        """The same optimisation of a fresh model, all parameters trained: baseline B1 of this attack.
+
+        Where the attack draws a new head, the control draws the same one: a head's initialisation alone can be worth
+        some points, and must not count for the released body.
+        """
+        start: Initialise = "head" if self.initialise == "head" else "keep"
+        return replace(self, initialise=start, train="all", k=1, rank=8)
 
     def fresh_layers(self, model: nn.Module, architecture: Architecture, classes: int) -> list[str]:
         """Names of the modules that this strategy re-initialises (none for `keep`, and for `scratch`, which takes

@@ -50,7 +50,7 @@ def run_all(
 def needed(bench: Bench, spec: CellSpec) -> Bench:
     """The bench without what the spec's cell does not look at: less to send."""
     means = {e.needs for e in spec.attack.all_edits()}
-    states = {n: s for n, s in bench.states.items() if n == spec.model}
+    states = {n: s for n, s in bench.states.items() if n == spec.model}  # none for one from scratch
     original = bench.original if ORIGINAL_DATA in means else ()
     benign = bench.benign if spec.benign or THIRD_DOMAIN in means else None
     return replace(bench, states=states, original=original, benign=benign)

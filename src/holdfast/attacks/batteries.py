@@ -70,7 +70,7 @@ def _swept(strategy: str, optimiser: str, **changes: Any) -> Attack:
 
 def _edited(label: str, *edits: Any, strategy: str = "initFC+all", **changes: Any) -> Attack:
     tuned = _attack(strategy, "", *edits, **{**_ADAM, **changes})
-    return replace(tuned, name=f"{label} → {strategy}")
+    return replace(tuned, name=f"{label} → {strategy}" + (" · adam swept" if tuned.search else ""))
 
 
 _QUICK = (
@@ -79,7 +79,7 @@ _QUICK = (
     _swept("initFC+all", "adam"),
     _swept("initFC+all", "momentum"),
     _attack("last-k+all", " · last 2 · adam 1e-3", k=2, **_ADAM),
-    _edited("rebalanced", Rebalance(), strategy="direct+all"),
+    _edited("rebalanced", Rebalance(), search=_SWEEP),
     _edited("leaky, biases shifted", LeakyActivations(), ShiftBiases()),
     _edited("BatchNorm re-estimated", BatchNormStatistics()),
 )
@@ -115,8 +115,8 @@ _STANDARD = (
     _edited("BatchNorm re-estimated", BatchNormStatistics()),
     _edited("BatchNorm reset", BatchNormStatistics(how="reset")),
     _edited("BatchNorm folded", FoldBatchNorm()),
-    _edited("rebalanced", Rebalance(), strategy="direct+all"),
-    _edited("rebalanced", Rebalance()),
+    _edited("rebalanced", Rebalance(), strategy="direct+all", search=_SWEEP),
+    _edited("rebalanced", Rebalance(), search=_SWEEP),
     _edited("singular values clipped", Clip()),
     _edited("leaky", LeakyActivations()),
     _edited("biases shifted", ShiftBiases()),

@@ -141,6 +141,7 @@ class BatchNormStatistics(_Weights):
     """Estimate batch normalisation's running statistics anew on the attacker's images, or reset all of it."""
 
     how: Literal["estimate", "reset"] = "estimate"
+    fresh: ClassVar[bool] = True  # good statistics from the first step on help anyone
     name: Literal["batchnorm"] = "batchnorm"
     revives: ClassVar[bool] = True
 
