@@ -70,7 +70,13 @@ def _swept(strategy: str, optimiser: str, **changes: Any) -> Attack:
 
 def _edited(label: str, *edits: Any, strategy: str = "initFC+all", **changes: Any) -> Attack:
     tuned = _attack(strategy, "", *edits, **{**_ADAM, **changes})
-    return replace(tuned, name=f"{label} → {strategy}" + (" · adam swept" if tuned.search else ""))
+    return replace(tuned, name=f"{label} → {strategy}")
+
+
+def _swept_balanced(strategy: str) -> tuple[Attack, ...]:
+    """Rebalanced weights under both kinds of optimiser, each at its own best learning rate."""
+    swept = (_swept(strategy, o) for o in ("adam", "momentum"))
+    return tuple(replace(a, name=f"rebalanced → {a.name}", edits=(Rebalance(),)) for a in swept)
 
 
 _QUICK = (
@@ -79,7 +85,7 @@ _QUICK = (
     _swept("initFC+all", "adam"),
     _swept("initFC+all", "momentum"),
     _attack("last-k+all", " · last 2 · adam 1e-3", k=2, **_ADAM),
-    _edited("rebalanced", Rebalance(), search=_SWEEP),
+    *_swept_balanced("initFC+all"),
     _edited("leaky, biases shifted", LeakyActivations(), ShiftBiases()),
     _edited("BatchNorm re-estimated", BatchNormStatistics()),
 )
@@ -115,8 +121,8 @@ _STANDARD = (
     _edited("BatchNorm re-estimated", BatchNormStatistics()),
     _edited("BatchNorm reset", BatchNormStatistics(how="reset")),
     _edited("BatchNorm folded", FoldBatchNorm()),
-    _edited("rebalanced", Rebalance(), strategy="direct+all", search=_SWEEP),
-    _edited("rebalanced", Rebalance(), search=_SWEEP),
+    *_swept_balanced("direct+all"),
+    *_swept_balanced("initFC+all"),
     _edited("singular values clipped", Clip()),
     _edited("leaky", LeakyActivations()),
     _edited("biases shifted", ShiftBiases()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,34 +15,78 @@ TOLERANCE = 1e-3  # relative to the largest output
 
 @dataclass(frozen=True)
 class Link:
-    """Two layers of which the first may be scaled by s > 0 if the second is scaled back, the function staying as it
-    is. `statistics`: the second is a batch normalisation, whose running statistics follow instead of its weights."""
+    """Two layers of which the first's output channels may be scaled by s > 0, each by its own, if the second's inputs
+    are scaled back, the function staying as it is. `statistics`: the second is a batch normalisation, whose running
+    statistics follow instead of its weights."""
 
     first: str
     second: str
     statistics: bool
 
-    def scale(self, model: nn.Module, factor: float) -> None:
-        """Scale in place."""
+    def channels(self, model: nn.Module) -> int:
+        """Output channels of the first layer."""
+        return len(weight_of(model, self.first))
+
+    @torch.no_grad()
+    def scale(self, model: nn.Module, factors: Tensor) -> None:
+        """Scale in place; `factors` (channels,)."""
         first, second = model.get_submodule(self.first), model.get_submodule(self.second)
-        with torch.no_grad():
-            for tensor in (first.weight, first.bias):
-                if isinstance(tensor, Tensor):
-                    tensor.mul_(factor)
-            if self.statistics and isinstance(second, _BatchNorm):
-                if second.running_mean is not None and second.running_var is not None:
-                    second.running_mean.mul_(factor)
-                    second.running_var.mul_(factor**2)
-            elif isinstance(second.weight, Tensor):
-                second.weight.div_(factor)
+        for tensor in (first.weight, first.bias):
+            if isinstance(tensor, Tensor):
+                tensor.mul_(_along(factors, tensor, 0))
+        if self.statistics and isinstance(second, _BatchNorm):
+            if second.running_mean is not None and second.running_var is not None:
+                second.running_mean.mul_(factors)
+                second.running_var.mul_(factors**2)
+        else:
+            weight = weight_of(model, self.second)
+            weight.div_(_along(self._inputs(weight, factors), weight, self._axis(weight)))
+
+    def sizes(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Root-mean-square weight of each channel of the first layer, and of what the second reads of it."""
+        first, second = weight_of(model, self.first), weight_of(model, self.second)
+        own = first.flatten(1) if first.ndim > 1 else first[:, None]
+        if self.statistics:
+            return _rms(own), torch.ones(len(own)).to(own)
+        reads = second.movedim(self._axis(second), 0).reshape(len(own), -1)
+        return _rms(own), _rms(reads)
+
+    def _axis(self, weight: Tensor) -> int:
+        return 0 if weight.ndim > 2 and weight.shape[1] == 1 else 1  # a depthwise convolution reads its own channel
+
+    def _inputs(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """One factor for each input; a linear layer behind a flattened map has several a channel."""
+        return factors.repeat_interleave(weight.shape[self._axis(weight)] // len(factors))
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether shapes allow it at all."""
+        second = weight_of(model, self.second)
+        width = len(second) if self.statistics else second.shape[self._axis(second)]
+        return width % self.channels(model) == 0
+
+
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    """A layer's weight, without its gradient."""
+    found = model.get_submodule(layer).weight
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{layer} has no weight")
+    return found.detach()
+
+
+def _along(factors: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    return factors.view([-1 if i == axis else 1 for i in range(tensor.ndim)])
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.float().square().mean(1).sqrt()
 
 
 def links(model: nn.Module, inputs: Tensor) -> list[Link]:
     """All links of `model`, in the order in which its layers run on `inputs`.
 
-    A pair is a link where scaling it by 2 and by ½ leaves the outputs as they are on `inputs` and on noise: so skip
-    connections, smooth activations and layer normalisations drop out by themselves. Weights are as before; the model
-    is in evaluation mode.
+    A pair is a link where scaling its channels by 2 or ½ leaves the outputs as they are on `inputs` and on noise: so
+    skip connections, smooth activations and layer normalisations drop out by themselves. Weights are as before; the
+    model is in evaluation mode.
     """
     order = [n for n in executed_layers(model, inputs[:1]) if _scalable(model.get_submodule(n))]
     probes = (inputs, torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs))
@@ -54,7 +97,7 @@ def links(model: nn.Module, inputs: Tensor) -> list[Link]:
             if isinstance(model.get_submodule(first), _BatchNorm) and normalised:
                 continue
             link = Link(first, second, normalised)
-            if preserves(model, link.scale, probes):
+            if link.fits(model) and _preserves(model, link, probes):
                 found.append(link)
                 break
     return found
@@ -64,15 +107,15 @@ def _scalable(module: nn.Module) -> bool:
     return isinstance(module, (*WEIGHT_LAYERS, _BatchNorm)) and isinstance(module.weight, Tensor)
 
 
-def preserves(
-    model: nn.Module, scale: Callable[[nn.Module, float], None], probes: tuple[Tensor, ...], factor: float = 2.0
-) -> bool:
-    """Whether scaling by `factor` and by its inverse keeps the outputs on all `probes`; `model` is put back."""
+def _preserves(model: nn.Module, link: Link, probes: tuple[Tensor, ...]) -> bool:
+    """Whether scaling by random 2s and ½s, and by their inverses, keeps the outputs on all probes."""
     before = [_outputs(model, p) for p in probes]
-    same = True
     kept = {n: v.clone() for n, v in model.state_dict().items()}
-    for s in (factor, 1 / factor):
-        scale(model, s)
+    count = link.channels(model)
+    signs = torch.randint(2, (count,), generator=torch.Generator().manual_seed(count)) * 2 - 1
+    same = True
+    for sign in (1, -1):
+        link.scale(model, (2.0 ** (sign * signs)).to(probes[0]))
         same = same and all(_close(_outputs(model, p), b) for p, b in zip(probes, before, strict=True))
         model.load_state_dict(kept)
     return same

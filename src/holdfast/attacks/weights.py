@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -37,11 +36,11 @@ class _Weights:
 
 @dataclass(frozen=True)
 class Rebalance(_Weights):
-    """Scale consecutive layers against each other until all are as large as when freshly initialised; same function.
+    """Scale channels of consecutive layers against each other until all are as large as fresh ones; same function.
 
-    Undoes a rescaling between layers, after which no single learning rate fits all of them. For a link A → B:
-    s = √(r_B / r_A), where r is a layer's root-mean-square weight ÷ a fresh one's; before a batch normalisation, which
-    undoes any scale, s = 1 / r_A. A few sweeps over all links settle it.
+    Undoes a rescaling between layers, after which no single learning rate fits all weights. For a channel of a link
+    A → B: s = √(r_B / r_A), where r is the root-mean-square weight of the channel (what B reads of it) ÷ that of a
+    fresh layer; before a batch normalisation, which undoes any scale, s = 1 / r_A. A few sweeps settle it.
     """
 
     sweeps: int = 20
@@ -51,22 +50,14 @@ class Rebalance(_Weights):
         """The same function from balanced weights."""
         model = released.build(means.runtime)
         fresh = means.runtime.place(released.architecture.build(released.classes, derive(means.seed, "balance")))
-        found = links(model, means.images(16))
-
-        def size(layer: str) -> float:
-            ours, theirs = (_rms(m.get_submodule(layer)) for m in (model, fresh))
-            return ours / theirs if ours > 0 and theirs > 0 else 1.0
-
+        found = [(link, link.sizes(fresh)) for link in links(model, means.images(16))]
         for _ in range(self.sweeps):
-            for link in found:
-                above = size(link.first)
-                link.scale(model, 1 / above if link.statistics else math.sqrt(size(link.second) / above))
+            for link, (fresh_first, fresh_second) in found:
+                first, second = link.sizes(model)
+                above, below = first / fresh_first.mean(), second / fresh_second.mean()
+                factors = 1 / above if link.statistics else (below / above).sqrt()
+                link.scale(model, torch.where(factors.isfinite() & (factors > 0), factors, 1.0))
         return released.having(model)
-
-
-def _rms(layer: nn.Module) -> float:
-    weight = layer.weight
-    return float(weight.detach().float().square().mean().sqrt()) if isinstance(weight, Tensor) else 1.0
 
 
 @dataclass(frozen=True)
