@@ -15,7 +15,7 @@ import yaml
 import holdfast
 from holdfast.bundle import load_bundle
 from holdfast.errors import UserError
-from holdfast.models import load_weights, save_weights, state_of
+from holdfast.models import load_weights, save_weights
 from holdfast.records import RecordFile
 
 FILES = ["bundle/README.md", "bundle/config.json", "bundle/model.safetensors", "records.jsonl"]
@@ -195,41 +195,6 @@ class TestContract:
         assert code == 0, err
         s = json.loads((tmp_path / "both" / "summary.json").read_text())
         assert s["intactness"]["ratio"] > 0.9
-
-
-def test_negative_control_the_identity_is_reported_as_failed(finished: Path, tmp_path: Path) -> None:
-    code, _, err = call(
-        "run",
-        finished.parent / "recipe.yaml",
-        "--out",
-        tmp_path / "id",
-        "--set",
-        "defence={name: identity}",
-        "--set",
-        f"weights={finished / 'clean'}",
-        "--set",
-        "audit.steps=40",
-    )
-    assert code == 0, err
-    s = json.loads((tmp_path / "id" / "summary.json").read_text())
-    assert s["verdict"] == "failed"
-    assert s["intactness"]["ratio"] == 1
-    assert all(a["verdict"] in ("failed", "inconclusive") for a in s["restricted"]["attacks"])
-    assert all(a["protected"] == a["clean"] for a in s["restricted"]["attacks"])
-
-
-def test_random_weights_hold_and_have_lost_their_ability(finished: Path, tmp_path: Path) -> None:
-    """The other control: weights that know nothing give the attacker nothing."""
-    architecture = load_bundle(finished / "bundle").architecture
-    save_weights(tmp_path / "random.safetensors", state_of(architecture.build(5, seed=123)))
-    arguments = ["--protected", tmp_path / "random.safetensors", "--clean", finished / "clean", "--size", 8]
-    arguments += ["--restricted", "digits[5-9]", "--original", "digits[0-4]", "--set", "restricted.adversary=100"]
-    arguments += ["--set", "model.channels=1", "--set", "model.options.width=16", "--set", "audit.steps=40"]
-    code, _, err = call("audit", *arguments, "--out", tmp_path / "audit")
-    assert code == 0, err
-    s = json.loads((tmp_path / "audit" / "summary.json").read_text())
-    assert s["verdict"] != "failed"
-    assert s["intactness"]["ratio"] < 0.6
 
 
 class TestResume:
