@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -78,6 +79,14 @@ def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | 
             ray.shutdown()
 
 
+def _knock(address: str) -> None:
+    """Raise `OSError` where nobody listens: Ray itself would try for minutes."""
+    host, sign, port = address.removeprefix("ray://").rpartition(":")
+    if sign:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+
+
 def _connect(address: str, jobs: int | None) -> Any:
     try:
         import ray
@@ -88,6 +97,7 @@ def _connect(address: str, jobs: int | None) -> Any:
     if ray.is_initialized():
         return ray
     try:
+        _knock(address)
         if address == "local":
             count = jobs or os.cpu_count()
             ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, log_to_driver=False)

@@ -1,0 +1,106 @@
+"""The attacker's search: which values are tried, what is chosen, what is given up, on which data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from holdfast.attacks.attack import Attack, Search
+from holdfast.attacks.structure import LeakyActivations
+from holdfast.cells import Bench, CellSpec, Ground
+from holdfast.domains import Domain
+from holdfast.finetuning import FineTuning
+from holdfast.models import Architecture, State
+from holdfast.runtime import Runtime
+from holdfast.search import SEED, Tries, resolved, run_search
+from holdfast.tasks import Classification
+
+
+@pytest.fixture
+def bench(
+    restricted: Domain, architecture: Architecture, clean_state: State, task: Classification, runtime: Runtime
+) -> Bench:
+    train = restricted.train.subset(torch.arange(0, len(restricted.train), 4))
+    ground = Ground((train,), restricted.validation, restricted.test, 5)
+    return Bench({"protected": clean_state, "clean": clean_state}, architecture, 5, ground, task, runtime, 16, 4, "p")
+
+
+def spec(search: Search, model: str = "protected", **changes: object) -> CellSpec:
+    tuning = FineTuning("head", optimiser="adam", lr=1e-3, weight_decay=0.0, steps=16, batch_size=50)
+    return CellSpec(model, Attack("x", replace(tuning, **changes), search=search), ("x",), (False,), SEED)
+
+
+def trial(lr: float, last: float, pruned: bool = False) -> dict[str, object]:
+    return {"setting": {"lr": lr}, "steps": [0, 8, 16], "values": [0.2, last, last], "pruned": pruned}
+
+
+class TestTries:
+    def test_the_best_of_those_that_were_not_given_up(self) -> None:
+        tries = Tries([trial(1e-3, 0.5), trial(1e-2, 0.8), trial(1e-1, 0.9, pruned=True)])
+        assert tries.best() == tries.trials[1]
+        assert Tries([trial(1e-3, 0.5, pruned=True)]).best() is None
+
+    @pytest.mark.parametrize(
+        ("finals", "beyond"),
+        [
+            ({1e-3: 0.5, 1e-2: 0.8, 1e-1: 0.6}, None),  # between
+            ({1e-3: 0.5, 1e-2: 0.6, 1e-1: 0.8}, 1.0),  # the largest
+            ({1e-3: 0.8, 1e-2: 0.6, 1e-1: 0.5}, 1e-4),  # the smallest
+            ({1e-3: 0.5, 1e-2: 0.79, 1e-1: 0.8}, None),  # one between is as good
+            ({1e-3: 0.2, 1e-2: 0.2, 1e-1: 0.22}, None),  # nothing was learned
+        ],
+    )
+    def test_where_the_grid_ends(self, finals: dict[float, float], beyond: float | None) -> None:
+        assert Tries([trial(lr, v) for lr, v in finals.items()]).at_edge(0.2) == beyond
+
+
+class TestSearch:
+    def test_it_goes_on_beyond_the_edge(self, bench: Bench) -> None:
+        found = run_search(bench, spec(Search(lr=(3e-4, 1e-3), extend=1)))
+        assert [t["setting"]["lr"] for t in found.trials] == pytest.approx([3e-4, 1e-3, 1e-2])
+        assert found.chosen["lr"] == pytest.approx(1e-2)
+        assert found.edge, "1e-2 is the largest tried, and the extensions are used up"
+        more = run_search(bench, spec(Search(lr=(1e-4, 1e-3, 1e-2), extend=3)))
+        assert not more.edge
+        assert more.chosen["lr"] in (1e-2, 1e-1)
+
+    def test_laggards_are_given_up_and_what_it_cost_is_counted(self, bench: Bench) -> None:
+        found = run_search(bench, spec(Search(lr=(1e-2, 3e-2, 1e-6), extend=0)))
+        last = found.trials[-1]
+        assert [t["pruned"] for t in found.trials] == [False, False, True]
+        assert last["steps"][-1] < 16
+        assert last["steps"][-1] >= 4, "never before a quarter of the budget"
+        assert found.steps == 16 + 16 + last["steps"][-1]
+        assert found.samples == 50 * found.steps
+        assert found.flops > 0
+        assert len(last["values"]) == len(last["steps"])
+
+    def test_the_same_again(self, bench: Bench) -> None:
+        search = Search(lr=(1e-3, 1e-2), extend=0, trials=4, optimiser=("momentum",), batch_size=(10,))
+        first, second = (run_search(bench, spec(search)) for _ in range(2))
+        assert first.trials == second.trials
+        assert len(first.trials) == 6
+        assert first.trials[0]["setting"] == {"lr": 1e-3, "optimiser": "adam", "batch_size": 50}
+        assert {t["setting"]["batch_size"] for t in first.trials} == {10, 50}
+        assert all(1e-3 <= t["setting"]["lr"] <= 1e-2 for t in first.trials)
+
+    def test_it_never_sees_test_data(self, bench: Bench) -> None:
+        search = Search(lr=(1e-3, 1e-2), extend=0)
+        other = replace(
+            bench,
+            restricted=replace(bench.restricted, test=bench.restricted.test.subset(torch.arange(3))),
+        )
+        assert run_search(bench, spec(search)).trials == run_search(other, spec(search)).trials
+
+    def test_edits_can_be_searched(self, bench: Bench) -> None:
+        search = Search(lr=(1e-2,), extend=0, trials=5, edits=((), (LeakyActivations(),)))
+        found = run_search(bench, spec(search))
+        assert {t["setting"]["edits"] for t in found.trials} == {0, 1}
+        attack = spec(search).attack
+        assert resolved(attack, {"lr": 0.5, "edits": 1}).edits == (LeakyActivations(),)
+        assert resolved(attack, {"lr": 0.5, "edits": 1}).tuning.lr == 0.5
+        assert resolved(attack, {"lr": 0.5, "edits": 1}).search is None
+        scratch = CellSpec("scratch", attack.control(), ("x",), (False,), SEED)
+        assert len(run_search(bench, scratch).trials) == 6, "as many tries as the others have"
