@@ -20,8 +20,8 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def table(run: Path) -> str:
-    """One run as Markdown."""
+def table(run: Path, first: int | None = None) -> str:
+    """One run as Markdown, with the `first` strongest attacks (default: all)."""
     summary, recipe = read(run, "summary.json"), read(run, "run.json")["recipe"]
     facts = next(reversed(read(run, "provenance.json").values()))
     restricted, intact = summary["restricted"], summary["intactness"]
@@ -41,7 +41,8 @@ def table(run: Path) -> str:
         "cost ratio | protected − scratch, 95 % | alone |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for attack in restricted["attacks"]:
+    kept = first or len(restricted["attacks"])
+    for attack in restricted["attacks"][:kept]:
         cells = [
             f"{points(attack[m][-1])} ± {points(attack['deviation'][m][-1])}" for m in ("scratch", "clean", "protected")
         ]
@@ -50,6 +51,11 @@ def table(run: Path) -> str:
         name = attack["name"] + (" (simulated)" if attack["simulated"] else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {recovery} | {cost(attack)} | {gap} | {attack['verdict']} |")
     hardware, versions, model, spent = facts["hardware"], facts["versions"], recipe["model"], summary["cost"]
+    left = len(restricted["attacks"]) - kept
+    if left:
+        held = sum(a["verdict"] == "held" for a in restricted["attacks"][kept:])
+        lines.append(f"| {left} weaker attacks, of which {held} held | | | | | | | |")
+    lines += ["", *more(summary)]
     lines += [
         "",
         f"{model['name']}, {model['channels']}×{model['size']}×{model['size']}; "
@@ -63,12 +69,40 @@ def table(run: Path) -> str:
     return "\n".join(lines)
 
 
+def more(summary: dict[str, Any]) -> list[str]:
+    """SLC-AUC, the third domain, the searches, and failing checks, where there are any."""
+    said = []
+    undone, slc = summary["restricted"]["undone"], summary["restricted"]["slc"]
+    if undone:
+        said.append(
+            f"Undone by {' and '.join(undone['edits'])}: {100 * undone['gain']:.1f} points {undone['measured']}."
+        )
+    if slc:
+        areas = {m: f"{slc['auc'][m]['mean']:+.2f}" for m in ("protected", "clean")}
+        said.append(
+            f"SLC-AUC over {slc['images'][0]} to {slc['images'][-1]} images: protected {areas['protected']}, "
+            f"clean {areas['clean']}."
+        )
+    if summary["benign"]:
+        b = summary["benign"]
+        said.append(
+            f"Third domain: protected {points(b['protected'][-1])}, clean {points(b['clean'][-1])}, scratch "
+            f"{points(b['scratch'][-1])} ({'kept' if b['kept'] else 'not kept'})."
+        )
+    spent = {m: f"{v['tries']} tries, {v['steps']} steps" for m, v in summary["search"].items()}
+    said += [f"Searches: {'; '.join(f'{m} {v}' for m, v in spent.items())}."] if spent else []
+    said += [f"Failing check: {c['name']} ({c['message']})." for c in summary["checks"] if not c["passed"]]
+    return said
+
+
 def main() -> None:
     """Print a table for each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
-    for run in parser.parse_args().runs:
-        print(table(run))
+    parser.add_argument("--first", type=int, help="only so many attacks, the strongest")
+    given = parser.parse_args()
+    for run in given.runs:
+        print(table(run, given.first))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,28 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from holdfast.runtime import Runtime
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def test_the_three_ways_to_spend_k_steps() -> None:
-    spec = importlib.util.spec_from_file_location("simulation_benchmark", FOLDER / "simulation.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_cells_per_minute() -> None:
+    found = load("audit").measure("small_conv", cells=1, steps=2, jobs=1, rounds=1, with_ray=False)
+    assert found["ways"]["one by one, 1 thread"]["ratio"] == 1
+    assert all(way["cells_per_minute"] > 0 for way in found["ways"].values())
+
+
+def test_the_three_ways_to_spend_k_steps() -> None:
+    module = load("simulation")
     bench = module.Bench("small_conv", Runtime.choose("cpu"))
     for way in (bench.loop, bench.passes, bench.unroll):
         assert module.seconds(lambda way=way: way(1)) > 0
