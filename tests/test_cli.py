@@ -50,6 +50,7 @@ def test_lists(what, capsys, monkeypatch) -> None:
     known = {
         "defences": "sophon",
         "attacks": "initFC+all",
+        "edits": "rebalance",
         "batteries": "quick",
         "domains": "digits",
         "models": "caformer_m36",

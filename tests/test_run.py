@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ntr_batch_size": 60,
             "probe_steps": 10,
         },
-        "audit": {"battery": "quick", "steps": 80, "seeds": 3, "evaluations": 5},
+        "audit": {"battery": "quick", "steps": 80, "seeds": 2, "evaluations": 5},
         "runtime": {"precision": "float32"},
     }
     path = out.parent / "recipe.yaml"
@@ -105,8 +105,8 @@ class TestContract:
             for r in rows
             if (r["model"], r["attack"], r["step"], r["split"]) == ("clean", attack["name"], 80, "test")
         ]
-        assert len(last) == 3
-        assert attack["clean"][-1] == pytest.approx(sum(last) / 3)
+        assert len(last) == 2
+        assert attack["clean"][-1] == pytest.approx(sum(last) / 2)
 
     def test_positive_control_the_attack_succeeds_on_the_clean_model(self, finished: Path) -> None:
         s = json.loads((finished / "summary.json").read_text())
@@ -252,7 +252,8 @@ class TestResume:
     def test_interrupted_politely(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         recipe, _ = undisturbed
         process = start("run", recipe, "--out", tmp_path / "run", HOLDFAST_SAVE_SECONDS="0.01")
-        while not (tmp_path / "run" / "protection").exists() and process.poll() is None:
+        # The first checkpoint, not the folder: between them TensorBoard is imported, which swallows an interrupt.
+        while not (tmp_path / "run" / "protection" / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

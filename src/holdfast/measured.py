@@ -91,32 +91,47 @@ def _spent(rows: Sequence[Record], steps: Sequence[int], what: str) -> list[floa
 
 @dataclass(frozen=True)
 class WorstCase:
-    """The attack that each model's owner would choose on *validation* data, and what it gives on *test* data.
+    """What each model's owner would choose on *validation* data, and what that gives on *test* data.
 
-    `budget`: the steps that most attacks have; along the way counts until there.
+    In the end: one attack for each model. Along the way: at every step of `steps` (up to the budget that most attacks
+    have) the attack that is best there, for someone who can afford no more: `envelopes`, (seeds, steps) by model.
     """
 
     protected: Measured
     clean: Measured
     scratch: Measured
-    budget: int
+    steps: list[int]
+    envelopes: Mapping[str, Curves]
     verdict: Verdict
 
     def along(self, model: str) -> float:
-        """Mean over the evaluations within the common budget."""
-        found: Measured = getattr(self, model)
-        return area(found.mean(model)[: found.points(self.budget)])
+        """Mean over the envelope's steps after 0."""
+        return mean([area(curve) for curve in self.envelopes[model]])
 
 
 def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance: float) -> WorstCase:
-    """The best on validation data for each model on its own: among the attacks whose final metric is within the
-    margin of the best one (a difference that small is chance), the one that is best along the way."""
+    """In the end, the best on validation data for each model on its own: among the attacks whose final metric is
+    within the margin of the best one (a difference that small is chance), the one that is best along the way."""
     budget = Counter(m.steps[-1] for m in test).most_common(1)[0][0]
+    steps = next(m.steps for m in test if m.steps[-1] == budget)
+    chosen: dict[str, Measured] = {}
+    envelopes: dict[str, Curves] = {}
+    for model in MODELS:
+        curves = [m.mean(model) for m in validation]
+        chosen[model] = test[strongest(curves, [m.points(budget) for m in validation])]
+        envelopes[model] = _envelope(test, validation, steps, model)
+    joined = [[[*way, end] for way, end in zip(envelopes[m], chosen[m].final(m), strict=True)] for m in MODELS]
+    count = len(steps)
+    found = verdict(joined[0], joined[1], joined[2], chance, (count, count, count))
+    return WorstCase(chosen["protected"], chosen["clean"], chosen["scratch"], steps, envelopes, found)
 
-    def best(model: str) -> Measured:
-        return test[strongest([m.mean(model) for m in validation], [m.points(budget) for m in validation])]
 
-    protected, clean, scratch = (best(m) for m in MODELS)
-    points = (protected.points(budget), clean.points(budget), scratch.points(budget))
-    found = verdict(protected.protected, clean.clean, scratch.scratch, chance, points)
-    return WorstCase(protected, clean, scratch, budget, found)
+def _envelope(test: Sequence[Measured], validation: Sequence[Measured], steps: Sequence[int], model: str) -> Curves:
+    """At each step the test values (by seed) of the attack that is best there on validation data. An attack that has
+    no evaluation there counts with its last one before."""
+    columns = []
+    for step in steps:
+        at = [sum(s <= step for s in m.steps) - 1 for m in validation]
+        best = max(range(len(test)), key=lambda i: validation[i].mean(model)[at[i]])
+        columns.append([curve[at[best]] for curve in getattr(test[best], model)])
+    return [list(row) for row in zip(*columns, strict=True)]

@@ -99,7 +99,8 @@ def intactness(records: Sequence[Record]) -> dict[str, Any] | None:
 
 def _worst_entry(worst: WorstCase) -> dict[str, Any]:
     gap = paired(worst.protected.final("protected"), worst.scratch.final("scratch"))
-    entry: dict[str, Any] = {"interval": _limits(gap)}  # of protected − scratch, each at its own best
+    # `interval`: of protected − scratch, each at its own best. `steps`: of the envelopes, the best attack at each step.
+    entry: dict[str, Any] = {"interval": _limits(gap), "steps": worst.steps}
     for model in MODELS:
         found: Measured = getattr(worst, model)
         entry[model] = {
@@ -108,9 +109,8 @@ def _worst_entry(worst: WorstCase) -> dict[str, Any]:
             "deviation": deviation(found.final(model)),
             "along_the_way": worst.along(model),
             "setting": found.settings[model],
-            "steps": found.steps,
-            "curve": found.mean(model),
-            "spread": found.deviation(model),
+            "envelope": [mean(column) for column in zip(*worst.envelopes[model], strict=True)],
+            "envelope_deviation": [deviation(column) for column in zip(*worst.envelopes[model], strict=True)],
         }
     return entry
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from holdfast.records import SearchRecord
 from holdfast.report.figures import LABELS, STYLE, png
@@ -16,22 +17,24 @@ MISSING = "#e6e6e6"
 
 
 def worst_case_curves(worst: Mapping[str, Any], chance: float, metric: str) -> bytes:
-    """Each model under the attack that is strongest against it: three curves that may be three attacks."""
+    """For each model and step the attack that is strongest there: three envelopes over all attacks."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     for model, style in STYLE.items():
         found = worst[model]
-        label = f"{LABELS[model]}: {found['attack']}"
-        _band(axes, found["steps"], found["curve"], found["spread"], label, style)
+        _band(axes, worst["steps"], found["envelope"], found["envelope_deviation"], LABELS[model], style)
     axes.axhline(100 * chance, color="#777777", linewidth=1.2, linestyle=":", label="chance")
-    first = max(1, min(worst[m]["steps"][1] for m in STYLE))
-    axes.set_xscale("symlog", linthresh=first)
-    axes.set_xlim(0, 1.05 * max(worst[m]["steps"][-1] for m in STYLE))
+    steps = list(worst["steps"])
+    axes.set_xscale("symlog", linthresh=max(1, steps[1]))
+    axes.set_xticks(steps[::-2][::-1] if len(steps) > 6 else steps)
+    axes.get_xaxis().set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    axes.set_xlim(0, 1.05 * steps[-1])
     axes.set_ylim(-2, 102)
     axes.set_xlabel("fine-tuning steps")
     axes.set_ylabel(f"restricted {metric} (%)")
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=9, frameon=False)
     return png(figure)
 
 
