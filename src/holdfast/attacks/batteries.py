@@ -79,14 +79,18 @@ def _swept_balanced(strategy: str) -> tuple[Attack, ...]:
     return tuple(replace(a, name=f"rebalanced → {a.name}", edits=(Rebalance(),)) for a in swept)
 
 
+# Balancing changes no function, so it costs nothing to do it first.
+_BALANCED_LAST = _attack("last-k+all", " · last 2 · adam 1e-3", Rebalance(), k=2, **_ADAM)
+_BALANCED_LAST = replace(_BALANCED_LAST, name=f"rebalanced → {_BALANCED_LAST.name}")
+
 _QUICK = (
     *_TABLE_1,
     _swept("direct+all", "adam"),
     _swept("initFC+all", "adam"),
     _swept("initFC+all", "momentum"),
-    _attack("last-k+all", " · last 2 · adam 1e-3", k=2, **_ADAM),
+    _BALANCED_LAST,
     *_swept_balanced("initFC+all"),
-    _edited("leaky, biases shifted", LeakyActivations(), ShiftBiases()),
+    _edited("rebalanced, leaky, biases shifted", Rebalance(), LeakyActivations(), ShiftBiases()),
     _edited("BatchNorm re-estimated", BatchNormStatistics()),
 )
 
@@ -123,6 +127,7 @@ _STANDARD = (
     _edited("BatchNorm folded", FoldBatchNorm()),
     *_swept_balanced("direct+all"),
     *_swept_balanced("initFC+all"),
+    _BALANCED_LAST,
     _edited("singular values clipped", Clip()),
     _edited("leaky", LeakyActivations()),
     _edited("biases shifted", ShiftBiases()),
