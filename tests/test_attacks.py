@@ -47,6 +47,8 @@ class TestBatteries:
         for start in ("keep", "head"):
             found = {a.tuning.optimiser for a in swept if a.tuning.initialise == start and not a.edits}
             assert found == {"momentum", "adam", "adamw", "adagrad", "adadelta", "sam"}
+        decays = {a.tuning.optimiser: a.tuning.weight_decay for a in swept}
+        assert decays["adamw"] > 0 == decays["adam"], "without decay AdamW is Adam"
         assert all({1e-5, 1e-4, 1e-3, 1e-2, 1e-1} <= set(a.search.lr) for a in swept if a.search)
 
     def test_standard_has_every_edit_and_adaptive_all_of_standard(self) -> None:

@@ -64,7 +64,7 @@ def test_changes_do_not_reach_into_values() -> None:
         ({"defence": {"iterations": "many"}}, "defence.iterations: .*but got 'many'"),
         ({"audit": {"battery": "quik"}}, "unknown battery 'quik'.*did you mean 'quick'"),
         ({"audit": {"seeds": 0}}, "seeds must be at least 1"),
-        ({"pretrain": {"lr": 999}}, "lr must lie in"),
+        ({"pretrain": {"lr": 9999}}, "lr must lie in"),
         ({"pretrain": {"optimizer": "adam"}}, "unknown key 'pretrain.optimizer'"),
         ({"model": {"size": 2}}, "image size must be in"),
         ({"model": {"channels": 2}}, "channels must be 1"),

@@ -26,7 +26,7 @@ from holdfast.training import AfterStep, FitResult, fit, minibatches
 Initialise = Literal["keep", "head", "last-k", "scratch"]
 INITIALISE: tuple[Initialise, ...] = ("keep", "head", "last-k", "scratch")
 Train = Literal["all", "head", "lora"]
-MOST_LR = 100.0  # Adadelta's best is sometimes above 1
+MOST_LR = 1000.0  # Adadelta's best is sometimes far above 1
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,13 @@ _SWEEP = Search()
 _ADADELTA = Search(lr=(1.0, 1e-1, 1e-2, 10.0, 1e-3, 1e-4, 1e-5))
 
 
+# Decoupled decay is what tells AdamW from Adam; 1e-4 for momentum is the paper's.
+DECAY = {"momentum": 1e-4, "sam": 1e-4, "adamw": 1e-2}
+
+
 def _swept(strategy: str, optimiser: str, **changes: Any) -> Attack:
     search = _ADADELTA if optimiser == "adadelta" else _SWEEP
-    decay = {} if optimiser in ("momentum", "sam") else {"weight_decay": 0.0}
-    given = {"optimiser": optimiser, "lr": 1e-3, "search": search, **decay, **changes}
+    given = {"optimiser": optimiser, "lr": 1e-3, "search": search, "weight_decay": DECAY.get(optimiser, 0.0), **changes}
     return _attack(strategy, f" · {optimiser} swept", **given)
 
 
@@ -111,6 +114,7 @@ _STANDARD = (
         " · adamw, warm-up, cosine, swept",
         optimiser="adamw",
         lr=1e-3,
+        weight_decay=DECAY["adamw"],
         schedule="cosine",
         warmup=10,
         search=_SWEEP,
