@@ -136,6 +136,8 @@ def test_sophon_knows_what_it_simulates() -> None:
     assert not spec.simulates(FineTuning.named("direct+all"))  # momentum was never simulated
     assert not spec.simulates(FineTuning.named("direct+all", optimiser="adam", lr=3e-2))
     assert not spec.simulates(FineTuning.named("initFC+FC", optimiser="adam", lr=1e-3))
+    assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, augment="shift"))
+    assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, mixup=0.2))
 
 
 def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(

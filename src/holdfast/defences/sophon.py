@@ -101,10 +101,12 @@ class Sophon:
         )
 
     def simulates(self, tuning: FineTuning) -> bool:
-        """Whether an attack's initialisation, optimiser and learning rate were all simulated (batch sizes and decay
-        hardly matter beside these, and do not count)."""
+        """Whether an attack's initialisation, optimiser and learning rate were all simulated, on images as they are
+        (batch sizes and decay hardly matter beside these, and do not count)."""
         return (
             tuning.train == "all"
+            and tuning.augment == "none"
+            and not tuning.mixup
             and tuning.initialise in self.inner_initialise
             and tuning.optimiser in self.inner_optimiser
             and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
