@@ -14,6 +14,7 @@ from torch import nn
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.released import Means, Released
 from holdfast.domains import ImageData, sample
+from holdfast.finetuning import Note
 from holdfast.flops import training_flops
 from holdfast.metrics import evaluation_steps
 from holdfast.models import Architecture, State, state_of
@@ -22,7 +23,7 @@ from holdfast.records import Record
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
 from holdfast.tasks import Task
-from holdfast.training import evaluate
+from holdfast.training import FitResult, evaluate
 
 CONVERGED = 1e-3  # mean training loss below which a run is over: nothing is left to learn from
 
@@ -214,19 +215,25 @@ def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
                     )
                 )
 
-    # Paired by construction: protected and clean share data order and new layers; scratch shares the data order.
-    tuning.run_from(
+    follow(bench, meter, model, spec.seed, note)
+    return records
+
+
+def follow(bench: Bench, meter: Meter, model: nn.Module, seed: int, note: Note) -> FitResult:
+    """The attack's fine-tuning of `model`, noted along the way. Paired by construction: all models of a seed see the
+    same batches and the same new layers."""
+    prepared, tuning = meter.prepared, meter.attack.tuning
+    return tuning.run_from(
         prepared.released.state,
         model,
         prepared.train,
         bench.task,
-        architecture,
-        ground.classes,
+        prepared.released.architecture,
+        prepared.ground.classes,
         runtime=bench.runtime,
-        seed=derive(spec.seed, "attack"),
+        seed=derive(seed, "attack"),
         steps=bench.curve(tuning.steps),
         note=note,
         inspect=meter.inspect,
         converged=CONVERGED,
     )
-    return records

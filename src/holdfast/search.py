@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 from holdfast.attacks.attack import Attack, Search
-from holdfast.cells import CONVERGED, Bench, CellSpec, Meter, start
+from holdfast.cells import Bench, CellSpec, Meter, follow, start
 from holdfast.finetuning import MOST_LR
 from holdfast.metrics import LEARNS, MARGIN, strongest
 from holdfast.records import SearchRecord
@@ -132,20 +132,7 @@ def _try(
         pruned = how == "running" and step < steps[-1] and bool(trial.should_prune())
         return pruned
 
-    result = attack.tuning.run_from(
-        prepared.released.state,
-        model,
-        prepared.train,
-        bench.task,
-        architecture,
-        ground.classes,
-        runtime=bench.runtime,
-        seed=derive(SEED, "attack"),
-        steps=steps,
-        note=note,
-        inspect=meter.inspect,
-        converged=CONVERGED,
-    )
+    result = follow(bench, meter, model, SEED, note)
     state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
     study.tell(trial, None if pruned else values[-1], state)
     tries.steps += result.steps
