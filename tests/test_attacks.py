@@ -95,12 +95,19 @@ class TestBatteries:
         recipe = parse_recipe({**raw, "audit": {"attacks": [mine]}})
         attack = recipe.audit.attacks[0]
         assert attack == Attack("m", FineTuning("head"), (LeakyActivations(),), Search(lr=(0.1, 0.01)))
+        assert recipe.audit.all_attacks()[-1].tuning.steps == recipe.audit.steps, (
+            "within the budget unless it says more"
+        )
         assert parse_recipe(recipe.as_dict()).audit.attacks == (attack,)
         for wrong, message in (
             ({"edits": ["nosuch"]}, "unknown edit 'nosuch'; valid: .*leaky"),
             ({"edits": [{"name": "noise", "scale": 0}]}, "scale must be positive"),
             ({"search": {"lr": [0]}}, "search.lr must lie in"),
             ({"search": {"rate": [1]}}, "unknown key"),
+            ({"search": {"batch_size": [50]}}, "set search.trials to at least 1"),
+            ({"search": {"trials": 1, "batch_size": [0]}}, "batch_size must be at least 1"),
+            ({"search": {"trials": 1, "initialise": ["foo"]}}, "unknown initialisation 'foo'"),
+            ({"budget": 2, "tuning": {"steps": 9}}, "either its tuning's steps or a budget"),
             ({"edits": ["earlier-layer"], "tuning": {}}, "must have initialise: head"),
             ({"fraction": 2}, "fraction must lie in"),
         ):
@@ -138,6 +145,11 @@ class TestAdapters:
         assert len(chosen) == len(trained)
         assert {n for n in trained if "lora_" not in n} == {"14.weight", "14.bias"}
         assert {n.split(".")[0] for n in trained if "lora_" in n} == {"0", "3", "6", "9"}
+
+    def test_names_that_end_alike_are_told_apart(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), nn.Flatten())
+        add_adapters(model, 2, ["1.1"])
+        assert {n.split(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n} == {"0"}
 
     def test_depthwise_convolutions_whose_groups_do_not_divide_the_rank_are_passed_over(self) -> None:
         model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4, 2))

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import BATTERIES
+from holdfast.attacks.preparation import Heal
 from holdfast.domains import Domain, DomainSpec
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, State, save_weights
@@ -124,7 +125,9 @@ def test_random_weights_hold_and_intactness_is_lost(
     clean = saved(state, tmp_path / "clean.safetensors")
     random = saved(wide.build(5, seed=99).state_dict(), tmp_path / "random.safetensors")
     strong = FineTuning("head", optimiser="adam", lr=5e-3, batch_size=40, steps=24)
-    attacks = (Attack("adam", strong), Attack("momentum", replace(strong, optimiser="momentum", lr=3e-2)))
+    momentum = replace(strong, optimiser="momentum", lr=3e-2)
+    # Healing brings data that are worth something to anyone: the control has them too.
+    attacks = (Attack("adam", strong), Attack("momentum", momentum), Attack("healed", strong, (Heal(),)))
     spec = recipe(clean, True, battery="paper-default", steps=24, seeds=8, attacks=attacks)
     spec = replace(spec, model=wide, restricted=DomainSpec(str(renamed), adversary=80), benign=None)
     found = audit_checkpoint(spec, str(random), tmp_path / "audit", quiet=True)

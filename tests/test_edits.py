@@ -14,7 +14,7 @@ from holdfast.attacks.edits import EDITS, make_edit
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Means, Released
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
-from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
+from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases, rectified_layers
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
@@ -85,6 +85,23 @@ class TestFunctionKept:
         assert not any("running_mean" in n for n in after.state)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in after.architecture.build(5).modules())
         assert FoldBatchNorm().obstacle(after) is not None
+
+    def test_what_does_not_follow_directly_is_not_folded(self, means: Means, runtime: Runtime) -> None:
+        def between(classes: int) -> nn.Module:
+            layers = [
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.ReLU(),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 4, 3),
+                nn.BatchNorm2d(4),
+            ]
+            return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes))
+
+        given = released(Architecture("between", size=8, channels=1, factory=between))
+        after = FoldBatchNorm().apply(given, means)
+        assert any(n.startswith("2.") for n in after.state)
+        assert not any(n.startswith("4.") for n in after.state)
+        torch.testing.assert_close(answers(after, runtime), answers(given, runtime), rtol=1e-3, atol=1e-4)
 
 
 class TestRebalance:
@@ -201,6 +218,14 @@ class TestRevival:
         assert edit.revives
         assert self.gradient(edit.apply(dead, means), means, runtime) > 0
 
+    def test_only_layers_that_feed_a_relu_are_shifted(self, resnet: Released, colour: Means) -> None:
+        model = resnet.architecture.build(5)
+        found = rectified_layers(model, torch.randn(2, 3, 32, 32))
+        assert "layer1.0.bn1" in found
+        assert not {"layer1.0.bn2", "layer1.0.conv1", "fc"} & set(found), "bn2 is added to the skip connection first"
+        vit = Architecture("vit_tiny_patch16_224", size=32, channels=3, options={"patch_size": 8, "depth": 1})
+        assert "no layer with a bias" in str(ShiftBiases().obstacle(Released(vit, state_of(vit.build(5)), 5)))
+
     def test_only_dead_units_are_shifted(self, dead: Released, means: Means) -> None:
         after = ShiftBiases().apply(dead, means)
         assert (after.state["6.bias"] > dead.state["6.bias"] + 900).all()
@@ -224,6 +249,13 @@ class TestEarlierLayer:
         given = Released(vit, state_of(vit.build(5)), 5)
         model = EarlierLayer(k=3).apply(given, colour).build(runtime)
         assert model(colour.images(2)).shape == (2, 5)
+
+    def test_maps_whose_channels_come_last(self, runtime: Runtime, colour: Means) -> None:
+        name, options = "convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+        arch = Architecture(name, size=32, channels=3, options=options)
+        given = Released(arch, state_of(arch.build(5)), 5)
+        model = EarlierLayer(k=2, grid=1).apply(given, colour).build(runtime)
+        assert model.features(colour.images(2)).shape[1] == model.body.get_submodule(model.layer).in_features
 
     def test_too_deep(self, architecture: Architecture) -> None:
         assert "too few for k = 9" in str(EarlierLayer(k=9).obstacle(released(architecture)))

@@ -49,11 +49,18 @@ class TestTries:
             ({1e-3: 0.5, 1e-2: 0.6, 1e-1: 0.8}, 1.0),  # the largest
             ({1e-3: 0.8, 1e-2: 0.6, 1e-1: 0.5}, 1e-4),  # the smallest
             ({1e-3: 0.5, 1e-2: 0.79, 1e-1: 0.8}, None),  # one between is as good
-            ({1e-3: 0.2, 1e-2: 0.2, 1e-1: 0.22}, None),  # nothing was learned
+            ({1e-3: 0.2, 1e-2: 0.2, 1e-1: 0.22}, 1.0),  # nothing was learned: larger steps
         ],
     )
     def test_where_the_grid_ends(self, finals: dict[float, float], beyond: float | None) -> None:
         assert Tries([trial(lr, v) for lr, v in finals.items()]).at_edge(0.2) == beyond
+
+    def test_nobody_lags_on_a_plateau_at_chance(self) -> None:
+        tries = Tries([trial(1e-3, 0.22), trial(1e-2, 0.21)])
+        assert not tries.lags(8, 0.2, chance=0.2)
+        tries = Tries([trial(1e-3, 0.6), trial(1e-2, 0.5), trial(1e-1, 0.9, pruned=True)])
+        assert tries.lags(8, 0.52, chance=0.2)
+        assert not tries.lags(8, 0.535, chance=0.2), "less than the margin behind the median 0.55"
 
 
 class TestSearch:
@@ -97,10 +104,10 @@ class TestSearch:
     def test_edits_can_be_searched(self, bench: Bench) -> None:
         search = Search(lr=(1e-2,), extend=0, trials=5, edits=((), (LeakyActivations(),)))
         found = run_search(bench, spec(search))
-        assert {t["setting"]["edits"] for t in found.trials} == {0, 1}
+        assert {t["setting"]["edits"] for t in found.trials} == {"0: none", "1: leaky"}
         attack = spec(search).attack
-        assert resolved(attack, {"lr": 0.5, "edits": 1}).edits == (LeakyActivations(),)
-        assert resolved(attack, {"lr": 0.5, "edits": 1}).tuning.lr == 0.5
-        assert resolved(attack, {"lr": 0.5, "edits": 1}).search is None
+        assert resolved(attack, {"lr": 0.5, "edits": "1: leaky"}).edits == (LeakyActivations(),)
+        assert resolved(attack, {"lr": 0.5, "edits": "1: leaky"}).tuning.lr == 0.5
+        assert resolved(attack, {"lr": 0.5, "edits": "1: leaky"}).search is None
         scratch = CellSpec("scratch", attack.control(), ("x",), (False,), SEED)
         assert len(run_search(bench, scratch).trials) == 6, "as many tries as the others have"

@@ -62,8 +62,9 @@ def test_cells_are_sent_only_what_they_need(bench: Bench) -> None:
     assert needed(bench, plain).original == ()
     assert needed(bench, plain).benign is None
     assert set(needed(bench, leaky).states) == {"clean"}
-    assert needed(bench, healed).original == bench.original
-    assert needed(bench, plan_benign(6, 1)[0]).benign is bench.benign
+    assert needed(bench, healed).original[0] is bench.original[0]
+    assert [len(d) for d in needed(bench, healed).original][1] == 0, "the other seed's"
+    assert needed(bench, plan_benign(6, 1)[0]).benign is not None
     assert needed(bench, CellSpec("scratch", ATTACKS[0].control(), ("x",), (False,), 0)).states == {}
 
 
@@ -80,6 +81,30 @@ def test_two_processes_give_what_one_gives(bench: Bench) -> None:
     together = [r for found in run_all(run_cell, bench, cells(), jobs=2) for r in found]
     assert seen(together) == seen(alone)
     assert len(together) == len(alone)
+
+
+def dies_once(bench: Bench, spec: CellSpec) -> list[Record]:
+    """The first worker that gets here is killed."""
+    marker = Path(bench.provenance)
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_cell(bench, spec)
+
+
+def dies_always(bench: Bench, spec: CellSpec) -> list[Record]:
+    """As if every cell were too large."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+def test_a_process_that_is_killed_is_replaced(bench: Bench, tmp_path: Path) -> None:
+    here = replace(bench, provenance=str(tmp_path / "killed"))
+    found = [r for cell in run_all(dies_once, here, cells()[:4], jobs=2) for r in cell]
+    assert (tmp_path / "killed").exists()
+    assert seen(found) == seen([r for spec in cells()[:4] for r in run_cell(bench, spec)])
+    with pytest.raises(UserError, match="3 times a worker was killed"):
+        list(run_all(dies_always, bench, cells()[:4], jobs=2))
 
 
 class Killer(threading.Thread):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -33,7 +34,8 @@ def add_adapters(model: nn.Module, rank: int, head: Sequence[str], alpha: float 
     require(bool(layers), f"the model has no linear layer or convolution that takes an adapter of rank {rank}")
     device = next(model.parameters()).device
     known = {id(p) for p in model.parameters()}
-    config = LoraConfig(r=rank, lora_alpha=round(alpha * rank), target_modules=layers, lora_dropout=0.0)
+    exactly = "|".join(map(re.escape, layers))  # a list would match every name that ends like one of these
+    config = LoraConfig(r=rank, lora_alpha=round(alpha * rank), target_modules=exactly, lora_dropout=0.0)
     inject_adapter_in_model(config, model)
     model.to(device)
     return [p for p in model.parameters() if id(p) not in known]

@@ -54,12 +54,19 @@ class AuditSpec:
         battery(self.battery)
         for name, least in (("steps", 2), ("seeds", 1), ("evaluations", 2)):
             require(getattr(self, name) >= least, f"{name} must be at least {least}, but got {getattr(self, name)}")
+        for attack in self.attacks:
+            require(
+                attack.budget == 1 or attack.tuning.steps == FineTuning.steps,
+                f"attack '{attack.name}': give either its tuning's steps or a budget",
+            )
         names = [a.name for a in self.all_attacks()]
         require(len(set(names)) == len(names), f"two attacks have the same name: {', '.join(sorted(names))}")
 
     def all_attacks(self) -> tuple[Attack, ...]:
-        """The battery's attacks within the budget, then the recipe's own as they are."""
-        return battery(self.battery).within(self.steps) + self.attacks
+        """The battery's attacks within the budget, then the recipe's own: those that say how many steps they take as
+        they are, the others within the budget."""
+        own = (a.within(self.steps) if a.tuning.steps == FineTuning.steps else a for a in self.attacks)
+        return (*battery(self.battery).within(self.steps), *own)
 
 
 def applicable(attacks: Sequence[Attack], bench: Bench) -> tuple[list[Attack], dict[str, str]]:

@@ -205,7 +205,8 @@ def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
                         samples=meter.samples(step),
                         seconds=meter.seconds,
                         simulated=simulated,
-                        diverged=how == "diverged",
+                        # Finite in training mode, but not as a model is used: running statistics, the last update.
+                        diverged=how == "diverged" or not math.isfinite(loss),
                         provenance=bench.provenance,
                         flops=meter.flops(step),
                         images=len(prepared.train),

@@ -85,9 +85,11 @@ def _learning(seen: Evidence) -> list[Check]:
 
 
 def _edge(seen: Evidence) -> Check:
-    at = {
-        m: [f"{s.attacks[0]} (lr {s.chosen['lr']:g})" for s in seen.searches if s.edge and s.model == m] for m in MODELS
-    }
+    at: dict[str, list[str]] = {m: [] for m in MODELS}
+    # Where the clean model did not learn at any rate either, the attack says nothing, and its edge neither.
+    idle = {n for s in seen.searches if s.model == "clean" and not _learned(s, seen.chance) for n in s.attacks}
+    for search in (s for s in seen.searches if s.edge and not idle.issuperset(s.attacks)):
+        at[search.model].append(f"{search.attacks[0]} (lr {search.chosen['lr']:g})")
     others = "; ".join(f"{m}: {', '.join(at[m])}" for m in ("clean", "scratch") if at[m])
     if at["protected"]:
         message = f"another decade might be stronger under {', '.join(at['protected'])}"
@@ -98,6 +100,10 @@ def _edge(seen: Evidence) -> Check:
         not at["protected"],
         message + (f"; at the edge for the controls: {others}" if others else ""),
     )
+
+
+def _learned(search: SearchRecord, chance: float) -> bool:
+    return max((t["values"][-1] for t in search.trials if not t["pruned"]), default=0.0) - chance >= LEARNS
 
 
 def _diverged(seen: Evidence) -> Check:
@@ -111,9 +117,9 @@ def _dead(seen: Evidence) -> Check:
     if not dead:
         return Check(name, True, "gradients reach the protected model's body under every attack that trains it")
     where = f"no gradient reaches the protected model's body under {', '.join(m.name for m in dead)}"
-    reviving = [m for m in seen.measured if seen.about.get(m.name, {}).get("revives")]
+    reviving = [m for m in seen.measured if seen.about.get(m.name, {}).get("revives") and "protected" not in m.dead]
     if not reviving:
-        return Check(name, False, f"{where}, and no attack of this audit revives dead units")
+        return Check(name, False, f"{where}, and no attack of this audit revives it")
     best = max(reviving, key=lambda m: mean(m.final("protected")))
     return Check(name, True, f"{where}; {best.name}, which revives, takes it to {mean(best.final('protected')):.3f}")
 

@@ -241,6 +241,7 @@ def attack_facts(attack: Attack) -> dict[str, Any]:
     return {
         "tuning": asdict(attack.tuning),
         "edits": [{"name": getattr(e, "name", type(e).__name__), "summary": e.summary()} for e in attack.edits],
+        "may_edit": bool(attack.all_edits()),
         "revives": any(e.revives for e in attack.edits),
         "needs": list(attack.needs),
         "informed": attack.informed,

@@ -48,6 +48,12 @@ class Measured:
         """The last value of every seed."""
         return [curve[-1] for curve in getattr(self, model)]
 
+    def lead(self, model: str) -> float:
+        """Steps' worth of FLOPs that edits spent before the first step."""
+        spent = self.flops[model]
+        a_step = (spent[-1] - spent[0]) / self.steps[-1]
+        return spent[0] / a_step if a_step > 0 else 0.0
+
     def points(self, budget: int) -> int:
         """How many evaluations (step 0 included) lie within `budget` steps; never fewer than two."""
         return max(2, sum(s <= budget for s in self.steps))
@@ -128,10 +134,11 @@ def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance:
 
 def _envelope(test: Sequence[Measured], validation: Sequence[Measured], steps: Sequence[int], model: str) -> Curves:
     """At each step the test values (by seed) of the attack that is best there on validation data. An attack that has
-    no evaluation there counts with its last one before."""
+    no evaluation there counts with its last one before; one whose edits train first begins that much later."""
     columns = []
     for step in steps:
-        at = [sum(s <= step for s in m.steps) - 1 for m in validation]
-        best = max(range(len(test)), key=lambda i: validation[i].mean(model)[at[i]])
+        at = [sum(s + m.lead(model) <= step for s in m.steps) - 1 for m in validation]
+        able = [i for i in range(len(test)) if at[i] >= 0]
+        best = max(able, key=lambda i: validation[i].mean(model)[at[i]])
         columns.append([curve[at[best]] for curve in getattr(test[best], model)])
     return [list(row) for row in zip(*columns, strict=True)]

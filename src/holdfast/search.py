@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import optuna
@@ -37,18 +38,28 @@ class Tries:
 
     def at_edge(self, chance: float) -> float | None:
         """Where to look on: ×10 beyond the best learning rate if it is the largest tried, ÷10 if the smallest; None
-        where it lies between, where a rate between is as good, or where nothing was learned."""
+        where it lies between, or a rate between is as good. Where nothing was learned, beyond the largest: tiny
+        gradients need large steps."""
         best = self.best()
-        if best is None or best["values"][-1] - chance < LEARNS:
-            return None
         rates = [t["setting"]["lr"] for t in self.trials]
         low, high = min(rates), max(rates)
+        if best is None or best["values"][-1] - chance < LEARNS:
+            return float(round(high * 10, 12))
         inner = [t for t in self.trials if not t["pruned"] and low < t["setting"]["lr"] < high]
         if any(t["values"][-1] >= best["values"][-1] - MARGIN for t in inner):
             return None
         lr = float(best["setting"]["lr"])
         beyond = lr * 10 if lr == high else lr / 10
         return round(beyond, 12)
+
+    def lags(self, step: int, value: float, chance: float) -> bool:
+        """Whether a try is more than the margin behind the median of the whole ones at this step, which have learned.
+
+        On a plateau at chance, nobody lags: a defence's delay must not make the attacker give up what takes off late.
+        """
+        values = [dict(zip(t["steps"], t["values"], strict=True))[step] for t in self.trials if not t["pruned"]]
+        middle = median(values) if values else 0.0
+        return middle - chance >= LEARNS and value < middle - MARGIN
 
 
 def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
@@ -91,7 +102,8 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
 def resolved(attack: Attack, setting: dict[str, Any]) -> Attack:
     """The attack with what a search chose, and nothing left to search."""
     own = {n: v for n, v in setting.items() if n != "edits"}
-    chain = attack.search.edits[setting["edits"]] if attack.search and "edits" in setting else ()
+    number = int(setting["edits"].partition(":")[0]) if "edits" in setting else 0
+    chain = attack.search.edits[number] if attack.search and "edits" in setting else ()
     return replace(attack, tuning=replace(attack.tuning, **own), edits=(*attack.edits, *chain), search=None)
 
 
@@ -108,9 +120,8 @@ def _try(
     if lr is not None:
         study.enqueue_trial({"lr": lr, **{n: c[0] for n, c in axes(spec.attack, search).items()}})
     trial = study.ask()
-    low, high = min(search.lr), max(search.lr)
-    if lr is not None:  # an extension may lie outside
-        low, high = min(low, lr), max(high, lr)
+    tried = [t["setting"]["lr"] for t in tries.trials] + list(search.lr) + ([] if lr is None else [lr])
+    low, high = min(tried), max(tried)
     setting: dict[str, Any] = {"lr": trial.suggest_float("lr", low, high, log=True)}
     for name, choices in axes(spec.attack, search).items():
         setting[name] = trial.suggest_categorical(name, choices)
@@ -119,6 +130,7 @@ def _try(
     architecture, ground = prepared.released.architecture, prepared.ground
     meter = Meter(prepared, attack, bench.runtime, architecture.head(model, ground.classes))
     made, values, pruned = [0], [0.0], False
+    chance = bench.task.chance(ground.validation.labels)
 
     def note(step: int, how: str) -> bool:
         nonlocal pruned
@@ -129,7 +141,8 @@ def _try(
         made.append(step)
         values.append(value)
         trial.report(value, step)
-        pruned = how == "running" and step < steps[-1] and bool(trial.should_prune())
+        early = how == "running" and step < steps[-1]
+        pruned = early and bool(trial.should_prune()) and tries.lags(step, value, chance)
         return pruned
 
     result = follow(bench, meter, model, SEED, note)
@@ -149,5 +162,6 @@ def axes(attack: Attack, search: Search) -> dict[str, list[Any]]:
         if values:
             found[name] = list(dict.fromkeys((getattr(attack.tuning, name), *values)))
     if search.edits:
-        found["edits"] = list(range(len(search.edits)))
+        names = [" and ".join(getattr(e, "name", type(e).__name__) for e in chain) for chain in search.edits]
+        found["edits"] = [f"{i}: {n or 'none'}" for i, n in enumerate(names)]
     return found

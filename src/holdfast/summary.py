@@ -161,20 +161,22 @@ def undone(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> 
     further than the best attack that edits nothing; None where none does.
 
     Compared at the end and along the way: weights that only slow an attacker down are undone by what makes it quick.
+    What the same edit gives the clean model is taken off: an edit that helps everyone undoes nothing.
     """
     whole = [m for m in test if m.name in about and about[m.name]["fraction"] == 1]
-    plain = [m for m in whole if not about[m.name]["edits"]]
+    plain = [m for m in whole if not about[m.name].get("may_edit", about[m.name]["edits"])]
     edited = [m for m in whole if about[m.name]["edits"]]
     if not plain or not edited:
         return None
 
-    def strength(m: Measured) -> tuple[float, float]:
-        curve = m.mean("protected")
+    def strength(m: Measured, model: str = "protected") -> tuple[float, float]:
+        curve = m.mean(model)
         return curve[-1], area(curve)
 
     for which in (0, 1):
         best, without = (max(group, key=lambda m: strength(m)[which]) for group in (edited, plain))
         gain = strength(best)[which] - strength(without)[which]
+        gain -= max(0.0, strength(best, "clean")[which] - strength(without, "clean")[which])
         if gain > MARGIN:
             names = [e["name"] for e in about[best.name]["edits"]]
             return {

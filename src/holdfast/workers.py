@@ -12,6 +12,7 @@ import torch
 
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN
 from holdfast.cells import Bench, CellSpec
+from holdfast.domains import ImageData
 from holdfast.errors import UserError, one_line
 from holdfast.runtime import Runtime, threads
 
@@ -19,6 +20,7 @@ R = TypeVar("R")
 Work = Callable[[Bench, CellSpec], R]
 CPU = Runtime("cpu")
 GPU_SHARE = 4  # cells of small models that share one GPU
+TRIES = 3  # before a piece of work whose worker dies is given up
 
 
 def run_all(
@@ -40,11 +42,25 @@ def run_all(
         return
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
-    sent = bench.to(CPU)
-    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
-    yield from parallel(delayed(_elsewhere)(work, needed(sent, spec), spec) for spec in specs)
+    sent, left = bench.to(CPU), dict(enumerate(specs))
+    for attempt in range(TRIES):
+        parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
+        try:
+            for number, found in parallel(
+                delayed(_numbered)(i, work, needed(sent, spec), spec) for i, spec in list(left.items())
+            ):
+                del left[number]
+                yield found
+            break
+        except TerminatedWorkerError:  # killed: for want of memory, most often
+            if attempt == TRIES - 1:
+                raise UserError(
+                    f"{TRIES} times a worker was killed, for want of memory perhaps ({len(left)} of {len(specs)} "
+                    "left); go on with --resume and fewer --jobs"
+                ) from None
     get_reusable_executor().shutdown(wait=True)  # only then is the workers' peak memory known
 
 
@@ -52,9 +68,20 @@ def needed(bench: Bench, spec: CellSpec) -> Bench:
     """The bench without what the spec's cell does not look at: less to send."""
     means = {e.needs for e in spec.attack.all_edits()}
     states = {n: s for n, s in bench.states.items() if n == spec.model}  # none for one from scratch
-    original = bench.original if ORIGINAL_DATA in means else ()
+    original = _only(bench.original, spec.seed) if ORIGINAL_DATA in means else ()
     benign = bench.benign if spec.benign or THIRD_DOMAIN in means else None
-    return replace(bench, states=states, original=original, benign=benign)
+    grounds = [replace(g, train=_only(g.train, spec.seed)) if g else None for g in (bench.restricted, benign)]
+    restricted = grounds[0] or bench.restricted
+    return replace(bench, states=states, restricted=restricted, original=original, benign=grounds[1])
+
+
+def _only(data: tuple[ImageData, ...], seed: int) -> tuple[ImageData, ...]:
+    """One seed's data in its place; of the others nothing."""
+    return tuple(d if i == seed else d.subset(torch.zeros(0, dtype=torch.int64)) for i, d in enumerate(data))
+
+
+def _numbered(number: int, work: Work[R], bench: Bench, spec: CellSpec) -> tuple[int, R]:
+    return number, _elsewhere(work, bench, spec)
 
 
 def _elsewhere(work: Work[R], bench: Bench, spec: CellSpec) -> R:
@@ -67,7 +94,7 @@ def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | 
     ray = _connect(address, jobs)
     share = 1 / GPU_SHARE if bench.runtime.device.startswith("cuda") else 0
     # Ray starts a task again whose worker died; errors of our own it passes on.
-    task = ray.remote(num_cpus=1, num_gpus=share, max_retries=3)(_elsewhere)
+    task = ray.remote(num_cpus=1, num_gpus=share, max_retries=TRIES)(_elsewhere)
     try:
         shared = ray.put(bench.to(CPU))  # once, not with every cell
         waiting = [task.remote(work, shared, spec) for spec in specs]

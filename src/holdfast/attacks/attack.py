@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 from holdfast.adapters import adaptable_layers
 from holdfast.attacks.edits import make_edit
 from holdfast.attacks.released import DEFENCE_KNOWN, ORIGINAL_DATA, THIRD_DOMAIN, WEIGHTS_ONLY, Edit, Released
-from holdfast.errors import UserError, require, unknown
+from holdfast.errors import UserError, require
 from holdfast.finetuning import MOST_LR, FineTuning
-from holdfast.optimisers import OPTIMISERS
 
 DECADES = (1e-3, 1e-2, 1e-4, 1e-1, 1e-5)  # the likeliest first, so that those after it can be given up early
 
@@ -47,9 +46,11 @@ class Search:
         require(len(set(self.lr)) == len(self.lr), f"search.lr names a value twice: {self.lr}")
         require(self.extend >= 0, f"search.extend must be at least 0, but got {self.extend}")
         require(self.trials >= 0, f"search.trials must be at least 0, but got {self.trials}")
-        for name in self.optimiser:
-            if name not in OPTIMISERS:
-                raise unknown("optimiser", name, OPTIMISERS)
+        given = [n for n in (*self.AXES, "edits") if getattr(self, n)]
+        require(
+            not given or self.trials > 0,
+            f"search.{', search.'.join(given)}: only drawn tries vary these; set search.trials to at least 1",
+        )
 
     def control(self) -> Search:
         """For a model from scratch: the same number of tries, without the axes that only a released model has."""
@@ -76,6 +77,9 @@ class Attack:
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "an attack needs a name")
         object.__setattr__(self, "edits", tuple(make_edit(e) for e in self.edits))
+        for axis in Search.AXES if self.search else ():
+            for value in getattr(self.search, axis):
+                _ = replace(self.tuning, **{axis: value})  # raises for a value that no tuning can have
         require(0 < self.budget <= 1000, f"budget must lie in (0, 1000], but got {self.budget}")
         require(0 < self.fraction <= 1, f"fraction must lie in (0, 1], but got {self.fraction}")
         probes = any(e.name == "earlier-layer" for e in self.all_edits() if hasattr(e, "name"))

@@ -94,7 +94,8 @@ _QUICK = (
     _BALANCED_LAST,
     *_swept_balanced("initFC+all"),
     _edited("rebalanced, leaky, biases shifted", Rebalance(), LeakyActivations(), ShiftBiases()),
-    _edited("BatchNorm re-estimated", BatchNormStatistics()),
+    # In evaluation mode: running statistics enter no training step in which the whole network trains.
+    _edited("BatchNorm re-estimated", BatchNormStatistics(), strategy="initFC+FC", lr=1e-2),
 )
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # and 1, the whole: NTP's axis for SLC-AUC
@@ -123,10 +124,10 @@ _STANDARD = (
     _attack("direct+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
     _attack("initFC+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
     *(_attack("last-k+all", f" · last {k} · adam 1e-3", k=k, **_ADAM) for k in (2, 3)),
-    _attack("initFC+FC", " · adam 1e-2", **{**_ADAM, "lr": 1e-2}),
-    *(_edited(f"probe {k} layers down", EarlierLayer(k), strategy="initFC+FC", lr=1e-2) for k in (2, 3)),
-    _attack("initFC+LoRA", " · adam 1e-3", **_ADAM),
-    _edited("BatchNorm re-estimated", BatchNormStatistics()),
+    _swept("initFC+FC", "adam"),
+    *(_edited(f"probe {k} layers down", EarlierLayer(k), strategy="initFC+FC", search=_SWEEP) for k in (2, 3)),
+    _swept("initFC+LoRA", "adam"),
+    _edited("BatchNorm re-estimated", BatchNormStatistics(), strategy="initFC+FC", lr=1e-2),
     _edited("BatchNorm reset", BatchNormStatistics(how="reset")),
     _edited("BatchNorm folded", FoldBatchNorm()),
     *_swept_balanced("direct+all"),
@@ -137,8 +138,8 @@ _STANDARD = (
     _edited("biases shifted", ShiftBiases()),
     _edited("noise", Noise()),
     _edited("regrown", Regrow()),
-    _edited("healed", Heal(), strategy="direct+all"),
-    _edited("healed", Heal()),
+    _edited("healed", Heal(), strategy="direct+all", search=_SWEEP),
+    _edited("healed", Heal(), search=_SWEEP),
     _edited("benign first", BenignFirst()),
     _edited("distilled", Distil()),
     _attack("initFC+all", " · adam 1e-3 · shifts", augment="shift", **_ADAM),

@@ -109,24 +109,26 @@ def _scalable(module: nn.Module) -> bool:
 
 def _preserves(model: nn.Module, link: Link, probes: tuple[Tensor, ...]) -> bool:
     """Whether scaling by random 2s and ½s, and by their inverses, keeps the outputs on all probes."""
-    before = [_outputs(model, p) for p in probes]
+    before = [outputs(model, p) for p in probes]
     kept = {n: v.clone() for n, v in model.state_dict().items()}
     count = link.channels(model)
     signs = torch.randint(2, (count,), generator=torch.Generator().manual_seed(count)) * 2 - 1
     same = True
     for sign in (1, -1):
         link.scale(model, (2.0 ** (sign * signs)).to(probes[0]))
-        same = same and all(_close(_outputs(model, p), b) for p, b in zip(probes, before, strict=True))
+        same = same and all(close(outputs(model, p), b) for p, b in zip(probes, before, strict=True))
         model.load_state_dict(kept)
     return same
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The model's outputs in evaluation mode, where it stays, as float32."""
     found: Tensor = model.eval()(inputs).float()
     return found
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two outputs differ by no more than `TOLERANCE` of the largest."""
     scale = theirs.abs().max().clamp_min(1e-12)
     return bool(((ours - theirs).abs().max() / scale) < TOLERANCE)

@@ -15,6 +15,7 @@ from holdfast.attacks.weights import Noise
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
+from holdfast.flops import training_flops
 from holdfast.models import state_of
 from holdfast.seeding import derive
 from holdfast.training import Batch
@@ -60,14 +61,15 @@ class Heal(_Preparation):
     name: Literal["heal"] = "heal"
     needs: ClassVar[str] = ORIGINAL_DATA
     revives: ClassVar[bool] = True
+    fresh: ClassVar[bool] = (
+        True  # whoever has the data pre-trains on it: what they are worth is no merit of the weights
+    )
 
     def apply(self, released: Released, means: Means) -> Released:
-        """Noise, then fine-tuning with the released head."""
+        """Noise, then fine-tuning with the released head, where that has the original domain's classes."""
         data = _given(means.original, ORIGINAL_DATA)
         noisy = Noise(scale=self.noise).apply(released, means) if self.noise else released
-        model = noisy.build(means.runtime)
-        means.train(model, data, self.tuning(means.steps), "heal")
-        return released.having(model)
+        return _trained_first(noisy, means, data, self.tuning(means.steps), "heal")
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,13 @@ class BenignFirst(_Preparation):
 
     name: Literal["benign-first"] = "benign-first"
     needs: ClassVar[str] = THIRD_DOMAIN
+    fresh: ClassVar[bool] = True  # as for `heal`
 
     def apply(self, released: Released, means: Means) -> Released:
         """Train body and a head of its own; the released head is put back afterwards."""
         data = _given(means.benign, THIRD_DOMAIN)
-        classes = int(data.labels.max()) + 1
         tuning = replace(self.tuning(means.steps), initialise="head")
-        model = means.runtime.place(released.architecture.build(classes))
-        tuning.initialise_from(
-            model, released.state, released.architecture, classes, derive(means.seed, "benign first")
-        )
-        means.train(model, data, tuning, "benign first")
-        heads = tuple(f"{h}." for h in released.head())
-        trained = {n: v for n, v in state_of(model).items() if not n.startswith(heads)}
-        return replace(released, state={**released.state, **trained})
+        return _trained_first(released, means, data, tuning, "benign first")
 
 
 @dataclass(frozen=True)
@@ -115,8 +110,26 @@ class Distil(_Preparation):
             ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (outputs, answers))
             return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
-        means.train(student, means.restricted, self.tuning(means.steps), "distil", loss=loss, prepare=taught)
+        tuning = self.tuning(means.steps)
+        result = means.train(student, means.restricted, tuning, "distil", loss=loss, prepare=taught)
+        asked = result.steps * min(tuning.batch_size, len(means.restricted))
+        teacher.requires_grad_(False)
+        means.flops += asked * training_flops(teacher, means.images(1))
         return released.having(student)
+
+
+def _trained_first(released: Released, means: Means, data: ImageData, tuning: FineTuning, stream: str) -> Released:
+    """Train on `data` with the released head, or with a new one where the tuning says so or the classes differ; a new
+    head is used for that alone, and the released one put back."""
+    classes = int(data.labels.max()) + 1
+    anew = tuning.initialise == "head" or classes != released.classes
+    tuning = replace(tuning, initialise="head" if anew else "keep")
+    model = means.runtime.place(released.architecture.build(classes))
+    tuning.initialise_from(model, released.state, released.architecture, classes, derive(means.seed, stream))
+    means.train(model, data, tuning, stream)
+    heads = tuple(f"{h}." for h in released.head()) if anew else ()
+    trained = {n: v for n, v in state_of(model).items() if not heads or not n.startswith(heads)}
+    return replace(released, state={**released.state, **trained})
 
 
 def _given(data: ImageData | None, what: str) -> ImageData:

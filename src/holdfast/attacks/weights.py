@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from holdfast.attacks.chains import links
 from holdfast.attacks.released import WEIGHTS_ONLY, Means, Released, described
 from holdfast.errors import require
-from holdfast.layers import WEIGHT_LAYERS, executed_layers
+from holdfast.layers import WEIGHT_LAYERS
 from holdfast.seeding import derive, generator
 
 
@@ -175,21 +175,58 @@ class ShiftBiases(_Weights):
     name: Literal["shift-biases"] = "shift-biases"
     revives: ClassVar[bool] = True
 
+    def obstacle(self, released: Released) -> str | None:
+        """Only for models with layers that a ReLU module follows."""
+        model = released.architecture.build(released.classes)
+        found = rectified_layers(model, released.architecture.example(2))
+        return None if found else "no layer with a bias feeds a ReLU module"
+
     @torch.no_grad()
     def apply(self, released: Released, means: Means) -> Released:
-        """b ← b − median of the pre-activation, for dead units."""
+        """b ← b − median of the pre-activation, for dead units of layers whose outputs go straight into a ReLU."""
         model = released.build(means.runtime).eval()
         images = means.images(64)
-        heads = set(released.head())
-        for name in executed_layers(model, images[:1]):
+        for name in rectified_layers(model, images[:1]):
             module = model.get_submodule(name)
-            bias = getattr(module, "bias", None)
-            if name in heads or not isinstance(module, (*WEIGHT_LAYERS, _BatchNorm)) or not isinstance(bias, Tensor):
-                continue
-            units = _pre_activations(model, module, images)  # (units, images × positions)
-            dead = (units > 0).float().mean(1) < self.live
-            bias -= torch.where(dead, units.median(1).values.to(bias), torch.zeros_like(bias))
+            bias = module.bias
+            if isinstance(bias, Tensor):
+                units = _pre_activations(model, module, images)  # (units, images × positions)
+                dead = (units > 0).float().mean(1) < self.live
+                bias -= torch.where(dead, units.median(1).values.to(bias), torch.zeros_like(bias))
         return released.having(model)
+
+
+RECTIFIERS = (nn.ReLU, nn.ReLU6)
+
+
+def rectified_layers(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Layers with a bias whose output tensor itself is what a ReLU module gets: no addition between, no other layer."""
+    # The tensors are kept, so that no two share an id; their versions tell whether something was added in place.
+    made: dict[int, tuple[Tensor, int, str]] = {}
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            made[id(output)] = (output, output._version, name)
+
+        return hook
+
+    def rectify(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        known = made.get(id(given[0]))
+        if known is not None and known[1] == given[0]._version and known[2] not in found:
+            found.append(known[2])
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, RECTIFIERS):
+            hooks.append(module.register_forward_pre_hook(rectify))
+        elif isinstance(module, (*WEIGHT_LAYERS, _BatchNorm)) and isinstance(module.bias, Tensor):
+            hooks.append(module.register_forward_hook(note(name)))
+    with torch.no_grad():
+        model.eval()(inputs)
+    for handle in hooks:
+        handle.remove()
+    return found
 
 
 def _pre_activations(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     records = RecordFile(folder / "records.jsonl").read()
     if not records:
         raise UserError(f"{folder} holds no audit (no records.jsonl); run `holdfast audit` or `holdfast run` first")
-    facts = _facts(folder, records)
     searches = AuditFiles(folder).searches.read()
+    facts = _facts(folder, records, searches)
     chance = facts["provenance"]["restricted"]["chance"]
     summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
     pictures = _draw(folder, summary, facts, searches)
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _facts(folder: Path, records: list[Record]) -> dict[str, Any]:
+def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]) -> dict[str, Any]:
     """What the folder knows beside its records."""
     manifest = read_json(folder / "run.json")
     known = read_json(folder / "provenance.json")
@@ -55,7 +55,7 @@ def _facts(folder: Path, records: list[Record]) -> dict[str, Any]:
     memory = [m["peak_memory_mb"] for m in (protection, read_json(audit) if audit.exists() else None) if m]
     cost = {
         "protect_seconds": round(protection["seconds"], 3) if protection else None,
-        "audit_seconds": round(_cell_seconds(records), 3),
+        "audit_seconds": round(_cell_seconds(records) + sum(s.seconds for s in searches), 3),
         "peak_memory_mb": round(max(memory), 1) if memory else None,
     }
     return {
