@@ -338,7 +338,7 @@ class TestTable:
         [
             ("nosuch", "unknown edit 'nosuch'"),
             ({"name": "noise", "scale": -1}, "scale must be positive"),
-            ({"name": "noise", "size": 1}, "size"),
+            ({"name": "noise", "size": 1}, "unknown field of edit 'noise': 'size'; valid: scale"),
             ({"scale": 1}, "unknown edit"),
         ],
     )

@@ -107,6 +107,16 @@ def test_a_process_that_is_killed_is_replaced(bench: Bench, tmp_path: Path) -> N
         list(run_all(dies_always, bench, cells()[:4], jobs=2))
 
 
+def test_what_is_not_finite_when_evaluated_has_diverged(bench: Bench) -> None:
+    """NaN in running statistics: training never sees it, and the model would look perfectly protected."""
+    state = {n: v.clone() for n, v in bench.states["clean"].items()}
+    state["1.running_mean"][:] = float("nan")
+    poisoned = replace(bench, states={**bench.states, "protected": state})
+    found = run_cell(poisoned, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0))
+    assert all(r.diverged for r in found)
+    assert not any(r.diverged for r in run_cell(bench, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0)))
+
+
 class Killer(threading.Thread):
     """Kills one of Ray's workers as soon as it is busy with one of our cells."""
 

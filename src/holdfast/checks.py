@@ -43,6 +43,7 @@ class Evidence:
     intactness: bool
     about: Mapping[str, Mapping[str, Any]]
     left_out: Mapping[str, str]
+    foreign: bool = False  # somebody else's defence, of which nothing is known
 
     @property
     def seeds(self) -> int:
@@ -178,6 +179,8 @@ def _intactness(seen: Evidence) -> Check:
 
 def _unseen(seen: Evidence) -> Check:
     known = [a["name"] for a in seen.entries if a["simulated"]]
+    if seen.foreign:
+        return Check("some attacks were not simulated by the defence", True, "not known of somebody else's defence")
     return Check(
         "some attacks were not simulated by the defence",
         len(known) < len(seen.entries),
@@ -188,4 +191,4 @@ def _unseen(seen: Evidence) -> Check:
 def _whole(seen: Evidence) -> Check:
     missing = [n for n, why in seen.left_out.items() if "pip install" in why]
     said = "; ".join(f"{n} ({why})" for n, why in seen.left_out.items())
-    return Check("nothing was left out for want of a library", not missing, f"left out: {said}" if said else "all ran")
+    return Check("nothing was left out for want of a library", not missing, f"not run: {said}" if said else "all ran")

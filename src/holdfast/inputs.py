@@ -198,6 +198,7 @@ class Inputs:
         test = self.restricted.test.labels
         return {
             "run_seed": self.recipe.seed,
+            "foreign": bool(self.protected),
             "audit_seeds": list(self.seeds),
             "battery": battery(self.recipe.audit.battery).title,
             "left_out": dict(left_out),

@@ -56,6 +56,7 @@ def summarise(
             intact is not None,
             about,
             left_out if isinstance(left_out, Mapping) else dict.fromkeys(left_out, "other number of classes"),
+            bool(facts.get("foreign")),
         )
     )
     return {
@@ -157,36 +158,49 @@ def _attack_entry(found: Measured, chance: float, about: Mapping[str, Any]) -> d
 
 
 def undone(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The edit that undoes the defence: where the best edited attack takes the protected model more than 2 points
-    further than the best attack that edits nothing; None where none does.
+    """The edit that undoes the defence: of the attacks that are within 2 points of the best against the protected
+    model, the edited one that gains most over the same fine-tuning without edits; None where none gains 2 points.
 
-    Compared at the end and along the way: weights that only slow an attacker down are undone by what makes it quick.
-    What the same edit gives the clean model is taken off: an edit that helps everyone undoes nothing.
+    At the end, or else along the way: weights that only slow an attacker down are undone by what makes it quick. What
+    the same edit gives the clean model is taken off: an edit that helps everyone undoes nothing.
     """
-    whole = [m for m in test if m.name in about and about[m.name]["fraction"] == 1]
-    plain = [m for m in whole if not about[m.name].get("may_edit", about[m.name]["edits"])]
-    edited = [m for m in whole if about[m.name]["edits"]]
-    if not plain or not edited:
-        return None
 
-    def strength(m: Measured, model: str = "protected") -> tuple[float, float]:
+    def strength(m: Measured, model: str, which: int) -> float:
         curve = m.mean(model)
-        return curve[-1], area(curve)
+        return area(curve) if which else curve[-1]
 
+    pairs = [(m, plain) for m in test for plain in test if _twins(about.get(m.name), about.get(plain.name))]
     for which in (0, 1):
-        best, without = (max(group, key=lambda m: strength(m)[which]) for group in (edited, plain))
-        gain = strength(best)[which] - strength(without)[which]
-        gain -= max(0.0, strength(best, "clean")[which] - strength(without, "clean")[which])
-        if gain > MARGIN:
-            names = [e["name"] for e in about[best.name]["edits"]]
+        top = max(strength(m, "protected", which) for m in test)
+        gains = [
+            (
+                strength(m, "protected", which)
+                - strength(plain, "protected", which)
+                - max(0.0, strength(m, "clean", which) - strength(plain, "clean", which)),
+                m,
+                plain,
+            )
+            for m, plain in pairs
+            if strength(m, "protected", which) >= top - MARGIN
+        ]
+        gain, best, without = max(gains, key=lambda g: g[0], default=(0.0, None, None))
+        if best is not None and without is not None and gain > MARGIN:
             return {
                 "attack": best.name,
-                "edits": names,
+                "edits": [e["name"] for e in about[best.name]["edits"]],
                 "without": without.name,
                 "gain": gain,
                 "measured": ("at the end", "along the way")[which],
             }
     return None
+
+
+def _twins(edited: Mapping[str, Any] | None, plain: Mapping[str, Any] | None) -> bool:
+    """Whether the second attack is the first without its edits."""
+    if not edited or not plain or not edited["edits"] or plain.get("may_edit", plain["edits"]):
+        return False
+    same = ("tuning", "searched", "fraction")
+    return all(edited[n] == plain[n] for n in same)
 
 
 def slc(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

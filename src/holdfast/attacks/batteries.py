@@ -11,7 +11,7 @@ from holdfast.attacks.attack import Attack, Search
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
-from holdfast.errors import unknown
+from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning
 
 
@@ -199,7 +199,12 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
 
 
 def battery(name: str) -> Battery:
-    """A battery by name; `UserError` lists the valid ones."""
+    """A battery by name, or by name and version (`quick-v2`); `UserError` lists the valid ones."""
+    plain, sign, version = name.rpartition("-v")
+    if sign and plain in BATTERIES and version.isdigit():
+        found = BATTERIES[plain]
+        require(found.version == int(version), f"this release has {found.title}, not {name}")
+        return found
     if name not in BATTERIES:
         raise unknown("battery", name, BATTERIES)
     return BATTERIES[name]

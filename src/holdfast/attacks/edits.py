@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,10 @@ EDITS: Mapping[str, type[Any]] = MappingProxyType(
 )
 
 
+def _fields(edit: type[Any]) -> list[str]:
+    return [f.name for f in fields(edit) if f.name != "name"]
+
+
 def make_edit(value: Any) -> Edit:
     """An edit from its name, from a mapping, or as it is. `UserError` for names and fields that do not exist."""
     if isinstance(value, str):
@@ -37,16 +42,17 @@ def make_edit(value: Any) -> Edit:
     if not isinstance(value, Mapping):
         found: Edit = value
         return found
-    fields = dict(value)
-    name = fields.pop("name", None)
+    name = str(value.get("name"))
     if name not in EDITS:
-        raise unknown("edit", str(name), EDITS)
+        raise unknown("edit", name, EDITS)
     from pydantic import TypeAdapter, ValidationError  # only at this edge
 
     try:
         made: Edit = TypeAdapter(EDITS[name]).validate_python({**value})
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "unexpected_keyword_argument":
+            raise unknown(f"field of edit '{name}':", str(first["loc"][-1]), _fields(EDITS[name])) from None
         where = ".".join(map(str, first["loc"])) or name
         raise UserError(f"edit '{name}': {where}: {str(first['msg']).removeprefix('Value error, ')}") from None
     return made

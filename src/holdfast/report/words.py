@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from holdfast.metrics import MARGIN
+
 EXPLAINED = {
     "held": "In the worst case the protected weights bring the attacker no more than training from scratch.",
     "partial": "The protected weights bring the attacker less than the unprotected ones, if only a delay; that they "
@@ -45,9 +47,10 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     said = [
         _explain(summary),
         *_intactness(summary["intactness"]),
-        f"The strongest attack, {worst['protected']['attack']}, takes the protected model to "
-        f"{percent(worst['protected']['final'])}; the clean model reaches {percent(worst['clean']['final'])} at its "
-        f"best, a model from scratch {percent(worst['scratch']['final'])} (chance {percent(restricted['chance'])}).",
+        f"The attack that validation data choose, {worst['protected']['attack']}, takes the protected model to "
+        f"{percent(worst['protected']['final'])} on test data; their own choices take the clean model to "
+        f"{percent(worst['clean']['final'])}, a model from scratch to {percent(worst['scratch']['final'])} (chance "
+        f"{percent(restricted['chance'])}).",
     ]
     said += _undone(restricted["undone"])
     default = attacks.get(PAPER_DEFAULT)
@@ -85,7 +88,7 @@ def _undone(found: dict[str, Any] | None) -> list[str]:
     edits = " and ".join(found["edits"])
     return [
         f"What undoes it: {edits}. {found['attack']} does {100 * found['gain']:.0f} points better {found['measured']} "
-        f"than the best attack that edits no weights ({found['without']})."
+        f"than the same without ({found['without']}), beyond what that gives the clean model."
     ]
 
 
@@ -112,7 +115,12 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
     if len(ahead) > 5:
         said.append(f"{len(ahead) - 5} more attacks end above scratch beyond chance.")
     if not ahead:
-        said.append("No attack of this audit ends above scratch beyond chance.")
+        worst = restricted["worst_case"]
+        level = worst["clean"]["final"] <= worst["scratch"]["final"] + MARGIN
+        said.append(
+            "In the end no attack is above scratch beyond chance"
+            + ("; nor is the clean model: what its weights save here is steps, if anything." if level else ".")
+        )
     sooner = sorted(
         (a for a in restricted["attacks"] if a["cost_ratio"] is not None and a["cost_ratio"] < 1),
         key=lambda a: a["cost_ratio"],
