@@ -2,7 +2,8 @@
 
 The same cells (one attack, `--steps` steps, random images) one by one in one process with one thread, in one process
 with all threads, in one-thread processes (`--jobs`), and on a local Ray with as many workers. Each way is timed in
-turn, `--rounds` times; medians; `ratio` is against one by one with one thread. Ray's start-up is given apart.
+turn, `--rounds` times; medians; `ratio` is against one by one with one thread. What starting workers costs is given
+apart.
 """
 
 from __future__ import annotations
@@ -75,13 +76,20 @@ def one_process(bench: Bench, cells: Sequence[CellSpec], count: int | None) -> N
             run_cell(bench, cell)
 
 
+def imported() -> str:
+    """For a worker: import what a cell needs."""
+    import holdfast.cells
+
+    return holdfast.cells.__name__
+
+
 def start_ray(jobs: int) -> float:
     """Seconds that a local Ray takes to start and to import what a cell needs."""
     import ray
 
     def begin() -> None:
         ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
-        ray.get([ray.remote(__import__).remote("holdfast.cells") for _ in range(2 * jobs)])
+        ray.get([ray.remote(imported).remote() for _ in range(2 * jobs)])
 
     return timed(begin)
 
@@ -100,6 +108,8 @@ def measure(name: str, cells: int, steps: int, jobs: int, rounds: int, with_ray:
         found["ray_start_seconds"] = round(start_ray(jobs), 2)
         ways[f"Ray, {jobs} workers"] = lambda: list(run_all(run_cell, bench, specs, jobs, "auto"))
     one_process(bench, specs[:1], 1)  # warm
+    # The workers' start, with their imports; an audit pays it once, for its searches and cells together.
+    found["process_start_seconds"] = round(timed(lambda: list(run_all(run_cell, bench, specs[:jobs], jobs))), 2)
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, work in ways.items():

@@ -36,6 +36,7 @@ from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
+from holdfast.workers import release
 
 
 @dataclass
@@ -186,6 +187,7 @@ class Run:
         cells = plan_cells(attacks, seeds, chosen, self._simulates())
         cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
         run_audit(cells, bench, file, *workers)
+        release()
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:

@@ -41,7 +41,6 @@ def run_all(
             yield from (work(bench, spec) for spec in specs)
         return
     from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
@@ -61,7 +60,13 @@ def run_all(
                     f"{TRIES} times a worker was killed, for want of memory perhaps ({len(left)} of {len(specs)} "
                     "left); go on with --resume and fewer --jobs"
                 ) from None
-    get_reusable_executor().shutdown(wait=True)  # only then is the workers' peak memory known
+
+
+def release() -> None:
+    """Let the processes of `run_all` go; they are kept between calls. Only then is their peak memory known."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
 
 
 def needed(bench: Bench, spec: CellSpec) -> Bench:
