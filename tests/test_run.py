@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ FILES += ["summary.json", "report.html", "report.md", "figures/curves.png", "fig
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "holdfast", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests themselves run in a shell's background, SIGINT is ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, text=True, preexec_fn=heed, **pipes)
 
 
 def call(*arguments: object, **environment: str) -> tuple[int, str, str]:
@@ -252,7 +256,6 @@ class TestResume:
     def test_interrupted_politely(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         recipe, _ = undisturbed
         process = start("run", recipe, "--out", tmp_path / "run", HOLDFAST_SAVE_SECONDS="0.01")
-        # The first checkpoint, not the folder: between them TensorBoard is imported, which swallows an interrupt.
         while not (tmp_path / "run" / "protection" / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
