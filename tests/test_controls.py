@@ -65,7 +65,7 @@ def test_the_identity_is_failed_by_every_battery(battery: str, clean_state: Stat
     assert all(a["protected"] == a["clean"] for a in restricted["attacks"]), "the same weights, the same cell"
     run_of = {a["name"] for a in restricted["attacks"]}
     left_out = {a.name for a in BATTERIES[battery].attacks} - run_of
-    assert left_out <= {"regrown → initFC+all", "regrown, rebalanced → initFC+all"}
+    assert left_out <= {"regrown → initFC+all", "regrown + rebalanced → initFC+all"}
     assert found["benign"]["difference"] == 0
     if battery in ("standard", "adaptive"):
         assert found["restricted"]["slc"]["auc"]["protected"] == found["restricted"]["slc"]["auc"]["clean"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import optuna
 import pytest
 import torch
 
 from holdfast.attacks.attack import Attack, Search
+from holdfast.attacks.preparation import Heal
 from holdfast.attacks.structure import LeakyActivations
-from holdfast.cells import Bench, CellSpec, Ground
+from holdfast.cells import Bench, CellSpec, Ground, prepare
 from holdfast.domains import Domain
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, State
 from holdfast.runtime import Runtime
-from holdfast.search import SEED, Tries, resolved, run_search
+from holdfast.search import SEED, Lagging, Tries, resolved, run_search
 from holdfast.tasks import Classification
 
 
@@ -55,12 +57,32 @@ class TestTries:
     def test_where_the_grid_ends(self, finals: dict[float, float], beyond: float | None) -> None:
         assert Tries([trial(lr, v) for lr, v in finals.items()]).at_edge(0.2) == beyond
 
+
+class TestLagging:
+    @staticmethod
+    def gives_up(whole: list[float], value: float, step: int = 8) -> bool:
+        study = optuna.create_study(direction="maximize", pruner=Lagging(chance=0.2, warm_up=4))
+        for last in whole:
+            done = study.ask()
+            done.report(last, step)
+            study.tell(done, last)
+        given_up = study.ask()
+        given_up.report(0.9, step)
+        study.tell(given_up, state=optuna.trial.TrialState.PRUNED)  # does not count
+        trial = study.ask()
+        trial.report(value, step)
+        return trial.should_prune()
+
     def test_nobody_lags_on_a_plateau_at_chance(self) -> None:
-        tries = Tries([trial(1e-3, 0.22), trial(1e-2, 0.21)])
-        assert not tries.lags(8, 0.2, chance=0.2)
-        tries = Tries([trial(1e-3, 0.6), trial(1e-2, 0.5), trial(1e-1, 0.9, pruned=True)])
-        assert tries.lags(8, 0.52, chance=0.2)
-        assert not tries.lags(8, 0.535, chance=0.2), "less than the margin behind the median 0.55"
+        assert not self.gives_up([0.22, 0.21], 0.1)
+
+    def test_more_than_the_margin_behind_a_median_that_has_learned(self) -> None:
+        assert self.gives_up([0.6, 0.5], 0.52)
+        assert not self.gives_up([0.6, 0.5], 0.535), "less than the margin behind the median 0.55"
+
+    def test_not_early_and_not_with_one_to_compare_with(self) -> None:
+        assert not self.gives_up([0.6, 0.5], 0.2, step=3)
+        assert not self.gives_up([0.6], 0.2)
 
 
 class TestSearch:
@@ -92,6 +114,16 @@ class TestSearch:
         assert first.trials[0]["setting"] == {"lr": 1e-3, "optimiser": "adam", "batch_size": 50}
         assert {t["setting"]["batch_size"] for t in first.trials} == {10, 50}
         assert all(1e-3 <= t["setting"]["lr"] <= 1e-2 for t in first.trials)
+
+    def test_an_edit_that_trains_is_made_and_paid_for_once(self, bench: Bench) -> None:
+        heal = replace(bench, original=(bench.restricted.train[0],))
+        plain = spec(Search(lr=(1e-3, 1e-2), extend=0))
+        healed = replace(plain, attack=replace(plain.attack, edits=(Heal(),)))
+        without, with_it = run_search(heal, plain), run_search(heal, healed)
+        preparation = prepare(heal, "protected", healed.attack, SEED).means
+        assert preparation.samples > 0
+        assert with_it.samples == without.samples + preparation.samples
+        assert with_it.flops == pytest.approx(without.flops + preparation.flops)
 
     def test_it_never_sees_test_data(self, bench: Bench) -> None:
         search = Search(lr=(1e-3, 1e-2), extend=0)

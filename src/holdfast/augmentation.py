@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from holdfast.seeding import seeded
+from holdfast.training import Batch
 
 AUGMENTATIONS = ("none", "shift", "shift+flip")
-Batch = tuple[Tensor, Tensor]
 
 
 def augmented(batches: Iterable[Batch], kind: str, mixup: float, classes: int, seed: int) -> Iterator[Batch]:

@@ -140,7 +140,7 @@ class Meter:
     runtime: Runtime
     head: Sequence[str]
     per_step: float = 0.0
-    dead: bool = False
+    dead: float = 0.0  # share of the trained weights before the head whose tensors get no gradient
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -154,8 +154,8 @@ class Meter:
         self.per_step = self.batch * training_flops(model, example, passes(self.attack.tuning.optimiser))
         heads = tuple(f"{h}." for h in self.head)
         body = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(heads)]
-        gradients = [p.grad for p in body if p.grad is not None]
-        self.dead = bool(body) and not any(bool(g.any()) for g in gradients)
+        lost = sum(p.numel() for p in body if p.grad is None or not p.grad.any())
+        self.dead = lost / max(1, sum(p.numel() for p in body))
 
     def samples(self, step: int) -> int:
         """Images seen until `step`, those of the edits included."""
@@ -171,18 +171,18 @@ class Meter:
         return round(time.monotonic() - self.started, 3)
 
 
-def start(bench: Bench, model: str, attack: Attack, seed: int, benign: bool = False) -> tuple[Prepared, nn.Module]:
-    """The prepared attack, and a module of the (edited) architecture for it to train."""
-    prepared = prepare(bench, model, attack, seed, benign)
+def start(bench: Bench, prepared: Prepared, seed: int) -> nn.Module:
+    """A module of the (edited) architecture to train; `follow` gives it its weights."""
     built = prepared.released.architecture.build(prepared.ground.classes, derive(seed, "build"))
-    return prepared, bench.runtime.place(built)
+    return bench.runtime.place(built)
 
 
 def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
     """Edit, initialise, fine-tune, evaluate along the way on validation and test data. An attack that diverges keeps
     its broken model to the end: the steps it did not make are recorded as that model's, marked `diverged`."""
     began = time.monotonic()
-    prepared, model = start(bench, spec.model, spec.attack, spec.seed, spec.benign)
+    prepared = prepare(bench, spec.model, spec.attack, spec.seed, spec.benign)
+    model = start(bench, prepared, spec.seed)
     architecture, ground, tuning = prepared.released.architecture, prepared.ground, spec.attack.tuning
     meter = Meter(prepared, spec.attack, bench.runtime, architecture.head(model, ground.classes), started=began)
     records: list[Record] = []

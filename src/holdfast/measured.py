@@ -14,6 +14,7 @@ from holdfast.records import Record, curves
 from holdfast.statistics import deviation, mean
 
 Curves = list[list[float]]
+DEAD = 0.99  # share of the weights without a gradient from which a body counts as dead: all but a last bias
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Measured:
     """Curves (seeds, steps) of the three models under one attack, on one split.
 
     `samples` and `flops`: what the attacker had spent at each evaluation, by model. `images`: how many it has.
-    `settings`: what a search chose, by model. `dead`: models whose body got no gradient in the first step.
+    `settings`: what a search chose, by model. `dead`: models whose body got
+    no gradient in the first step, but for a last bias perhaps.
     """
 
     name: str
@@ -87,7 +89,7 @@ def one_attack(records: Sequence[Record], name: str, split: str = "test") -> Mea
         flops={m: _spent(rows[m], steps, "flops") for m in MODELS},
         images=max(r.images for r in own),
         settings={m: rows[m][0].setting for m in MODELS},
-        dead=tuple(m for m in MODELS if any(r.dead for r in rows[m])),
+        dead=tuple(m for m in MODELS if any(r.dead >= DEAD for r in rows[m])),
     )
 
 

@@ -36,7 +36,7 @@ from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
-from holdfast.workers import release
+from holdfast.workers import released
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Run:
         clean, protected = self.pretrain(), self.protect()
         files = AuditFiles(self.out)
         file = files.records
-        self._check_fresh("audit", file.path.exists())
+        self._check_fresh("audit", file.path.exists() or files.searches.path.exists())
         states = {"protected": protected.state, "clean": clean.state}
         bench = given.bench(states)
         attacks, left_out = applicable(given.recipe.audit.all_attacks(), bench)
@@ -182,12 +182,12 @@ class Run:
                 measure_intactness(states, given.architecture, given.original, given.task, given.runtime, where)
             )
         workers = (self.reporter, given.recipe.runtime.jobs, given.recipe.runtime.ray)
-        chosen = run_searches(plan_searches(attacks), bench, files.searches, *workers)
         seeds = given.recipe.audit.seeds
-        cells = plan_cells(attacks, seeds, chosen, self._simulates())
-        cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
-        run_audit(cells, bench, file, *workers)
-        release()
+        with released():
+            chosen = run_searches(plan_searches(attacks), bench, files.searches, *workers)
+            cells = plan_cells(attacks, seeds, chosen, self._simulates())
+            cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
+            run_audit(cells, bench, file, *workers)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:

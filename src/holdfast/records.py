@@ -47,7 +47,7 @@ class Record:
     images: int = 0  # how many the attacker has
     setting: dict[str, Any] | None = None  # what a search chose; None where nothing was searched
     converged: bool = False  # stopped before: the training loss had gone
-    dead: bool = False  # no gradient reached any weight but the head's in the first step
+    dead: float = 0.0  # share of the trained weights before the head that the first step's gradient did not reach
 
 
 @dataclass(frozen=True)

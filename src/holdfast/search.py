@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 
 from holdfast.attacks.attack import Attack, Search
-from holdfast.cells import Bench, CellSpec, Meter, follow, start
+from holdfast.cells import Bench, CellSpec, Meter, Prepared, follow, prepare, start
 from holdfast.finetuning import MOST_LR
 from holdfast.metrics import LEARNS, MARGIN, strongest
 from holdfast.records import SearchRecord
@@ -30,6 +30,16 @@ class Tries:
     steps: int = 0
     samples: int = 0
     flops: float = 0.0
+    ready: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
+
+    def prepared(self, bench: Bench, model: str, attack: Attack) -> Prepared:
+        """The edited model: made, and paid for, once for all tries that edit alike."""
+        if attack.edits not in self.ready:
+            made = prepare(bench, model, attack, SEED)
+            self.ready[attack.edits] = made
+            self.samples += made.means.samples
+            self.flops += made.means.flops
+        return self.ready[attack.edits]
 
     def best(self) -> dict[str, Any] | None:
         """The strongest try that was not given up; None where there is none."""
@@ -52,14 +62,28 @@ class Tries:
         beyond = lr * 10 if lr == high else lr / 10
         return round(beyond, 12)
 
-    def lags(self, step: int, value: float, chance: float) -> bool:
-        """Whether a try is more than the margin behind the median of the whole ones at this step, which have learned.
 
-        On a plateau at chance, nobody lags: a defence's delay must not make the attacker give up what takes off late.
-        """
-        values = [dict(zip(t["steps"], t["values"], strict=True))[step] for t in self.trials if not t["pruned"]]
-        middle = median(values) if values else 0.0
-        return middle - chance >= LEARNS and value < middle - MARGIN
+@dataclass(frozen=True)
+class Lagging(optuna.pruners.BasePruner):
+    """Give up a run whose best value so far is more than the margin behind the median of the whole ones at this step,
+    if that median has learned; never before step `warm_up`, nor with fewer than `startup` whole ones.
+
+    On a plateau at `chance` nobody lags: a defence's delay must not make the attacker give up what takes off late.
+    """
+
+    chance: float
+    warm_up: int
+    startup: int = 2
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether `trial` is to end; see `optuna.pruners.BasePruner`."""
+        step, seen = trial.last_step, trial.intermediate_values
+        whole = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        values = [t.intermediate_values[step] for t in whole if step in t.intermediate_values] if step else []
+        if step is None or step < self.warm_up or len(values) < self.startup:
+            return False
+        middle = median(values)
+        return middle - self.chance >= LEARNS and max(seen.values()) < middle - MARGIN
 
 
 def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
@@ -69,12 +93,12 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
         raise ValueError(f"attack '{spec.attack.name}' has nothing to search")
     began, tries = time.monotonic(), Tries()
     steps = bench.curve(spec.attack.tuning.steps)
+    chance = bench.task.chance(bench.restricted.validation.labels)
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=derive(SEED, "search") % 2**32),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=max(1, spec.attack.tuning.steps // 4)),
+        pruner=Lagging(chance, max(1, spec.attack.tuning.steps // 4)),
     )
-    chance = bench.task.chance(bench.restricted.validation.labels)
     for lr in search.lr:
         _try(bench, spec, search, study, tries, steps, lr)
     for _ in range(search.extend):
@@ -126,11 +150,11 @@ def _try(
     for name, choices in axes(spec.attack, search).items():
         setting[name] = trial.suggest_categorical(name, choices)
     attack = resolved(spec.attack, setting)
-    prepared, model = start(bench, spec.model, attack, SEED)
+    prepared = tries.prepared(bench, spec.model, attack)
+    model = start(bench, prepared, SEED)
     architecture, ground = prepared.released.architecture, prepared.ground
     meter = Meter(prepared, attack, bench.runtime, architecture.head(model, ground.classes))
     made, values, pruned = [0], [0.0], False
-    chance = bench.task.chance(ground.validation.labels)
 
     def note(step: int, how: str) -> bool:
         nonlocal pruned
@@ -141,16 +165,15 @@ def _try(
         made.append(step)
         values.append(value)
         trial.report(value, step)
-        early = how == "running" and step < steps[-1]
-        pruned = early and bool(trial.should_prune()) and tries.lags(step, value, chance)
+        pruned = how == "running" and step < steps[-1] and trial.should_prune()
         return pruned
 
     result = follow(bench, meter, model, SEED, note)
     state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
     study.tell(trial, None if pruned else values[-1], state)
     tries.steps += result.steps
-    tries.samples += meter.samples(result.steps)
-    tries.flops += meter.flops(result.steps)
+    tries.samples += meter.samples(result.steps) - meter.samples(0)
+    tries.flops += meter.flops(result.steps) - meter.flops(0)
     tries.trials.append({"setting": setting, "steps": made, "values": values, "pruned": pruned})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -62,11 +64,16 @@ def run_all(
                 ) from None
 
 
-def release() -> None:
-    """Let the processes of `run_all` go; they are kept between calls. Only then is their peak memory known."""
-    from joblib.externals.loky import get_reusable_executor
+@contextmanager
+def released() -> Iterator[None]:
+    """Let the processes go that calls of `run_all` within started, and kept. Only then is their peak memory known."""
+    try:
+        yield
+    finally:
+        if "joblib.externals.loky.reusable_executor" in sys.modules:  # else there are none to let go
+            from joblib.externals.loky import get_reusable_executor
 
-    get_reusable_executor().shutdown(wait=True)
+            get_reusable_executor().shutdown(wait=True)
 
 
 def needed(bench: Bench, spec: CellSpec) -> Bench:
@@ -101,11 +108,14 @@ def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | 
     # Ray starts a task again whose worker died; errors of our own it passes on.
     task = ray.remote(num_cpus=1, num_gpus=share, max_retries=TRIES)(_elsewhere)
     try:
-        shared = ray.put(bench.to(CPU))  # once, not with every cell
+        own = replace(bench.runtime, device="cuda") if share else bench.runtime  # Ray shows a worker one GPU, its 0
+        shared = ray.put(replace(bench.to(CPU), runtime=own))  # once, not with every cell
         waiting = [task.remote(work, shared, spec) for spec in specs]
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             yield ray.get(done[0])
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
     finally:
         if address == "local":
             ray.shutdown()
@@ -130,11 +140,12 @@ def _connect(address: str, jobs: int | None) -> Any:
         return ray
     try:
         _knock(address)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if address == "local":
             count = jobs or os.cpu_count()
-            ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, log_to_driver=False)
+            ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, **quiet)
         else:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, **quiet)
     except Exception as error:  # whatever a cluster that is not there makes Ray raise
         raise UserError(
             f"cannot reach a Ray cluster at '{address}': {one_line(error, 160)}; expected auto, HOST:PORT, "

@@ -21,8 +21,8 @@ class Search:
 
     First every learning rate of `lr`, then further decades while the best lies at the edge of what was tried (at most
     `extend`), then `trials` draws of Optuna's TPE sampler over all axes: the learning rate between the extremes tried,
-    and whichever of the tuples below hold something. Runs that lag behind the median of those before them are given
-    up (Optuna's median pruner), never before a quarter of the budget.
+    and whichever of the tuples below hold something. A run is given up (`search.Lagging`) that is more than two points
+    behind the median of the whole ones before it, once that median has learned and a quarter of the budget is spent.
     """
 
     lr: tuple[float, ...] = DECADES
@@ -103,7 +103,7 @@ class Attack:
     @property
     def keeps_head(self) -> bool:
         """Whether it can only be run where the domains have equally many classes."""
-        return self.tuning.initialise == "keep"
+        return "keep" in (self.tuning.initialise, *(self.search.initialise if self.search else ()))
 
     def within(self, steps: int) -> Attack:
         """The attack with its share of a budget of `steps` optimiser steps."""

@@ -93,7 +93,7 @@ _QUICK = (
     _swept("initFC+all", "momentum"),
     _BALANCED_LAST,
     *_swept_balanced("initFC+all"),
-    _edited("rebalanced, leaky, biases shifted", Rebalance(), LeakyActivations(), ShiftBiases()),
+    _edited("rebalanced + leaky + biases shifted", Rebalance(), LeakyActivations(), ShiftBiases()),
     # In evaluation mode: running statistics enter no training step in which the whole network trains.
     _edited("BatchNorm re-estimated", BatchNormStatistics(), strategy="initFC+FC", lr=1e-2),
 )
@@ -112,7 +112,7 @@ _STANDARD = (
     *(_swept("initFC+all", o) for o in _OPTIMISERS),
     _attack(
         "initFC+all",
-        " · adamw, warm-up, cosine, swept",
+        " · adamw · warm-up · cosine · swept",
         optimiser="adamw",
         lr=1e-3,
         weight_decay=DECAY["adamw"],
@@ -165,17 +165,17 @@ _JOINT = Search(
 _INFORMED = (
     # Suppression by simulation: start where no simulated adversary started, and go where none went.
     _attack("initFC+all", " · everything searched", informed=True, search=_JOINT, **_ADAM),
-    _edited("strong noise, healed", Heal(noise=0.5, budget=1.0), strategy="direct+all", informed=True),
+    _edited("strong noise + healed", Heal(noise=0.5, budget=1.0), strategy="direct+all", informed=True),
     # Dead features: restart below them, or read above them.
     *(
         _attack("last-k+all", f" · last {k} · adam swept", k=k, informed=True, search=_SWEEP, **_ADAM)
         for k in (2, 3, 4)
     ),
-    _edited("leaky 0.3, biases shifted", LeakyActivations(0.3), ShiftBiases(), informed=True),
+    _edited("leaky 0.3 + biases shifted", LeakyActivations(0.3), ShiftBiases(), informed=True),
     _edited("probe 4 layers down", EarlierLayer(4), strategy="initFC+FC", lr=1e-2, informed=True),
     _edited("cut 2 layers down", EarlierLayer(2), strategy="initFC+all", informed=True),
     # Pruning: prune's mask gone, and weights that ADMM shrank made large again.
-    _edited("regrown, rebalanced", Regrow(), Rebalance(), informed=True),
+    _edited("regrown + rebalanced", Regrow(), Rebalance(), informed=True),
     _edited("everything undone", FoldBatchNorm(), Rebalance(), LeakyActivations(), ShiftBiases(), informed=True),
 )
 
