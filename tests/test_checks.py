@@ -159,3 +159,12 @@ class TestMeasures:
         assert s["search"]["protected"] == {
             "tries": 6, "given_up": 2, "steps": 100, "samples": 2000, "flops": 2e9, "seconds": 2.0,
         }  # fmt: skip
+
+
+def test_a_clean_model_whose_best_attacks_are_not_ahead_of_scratchs() -> None:
+    """Ahead under one attack that serves scratch badly shows no use of pre-training: the best is what counts."""
+    name = "pre-training helps the attacker"
+    rows = records(3, curves(strong=(0.2, 0.8, 0.8)))
+    assert failing(rows) == [name]
+    message = {c["name"]: c["message"] for c in summarise(rows, 0.1, COST)["checks"]}[name]
+    assert "ahead under 1 of 2 attacks" in message

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.bundle import read_weights
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.layers import executed_layers, find_head, initialise_head, last_layers
@@ -195,3 +196,11 @@ class TestWeights:
             load_state(model, architecture.build(6).state_dict())
         with pytest.raises(UserError, match="missing"):
             load_state(model, {"a": torch.zeros(1)})
+
+
+def test_a_folder_without_its_config_is_no_bundle(tmp_path: Path) -> None:
+    """The config is written last: a folder without one is torn, and its weights are nobody's word."""
+    save_weights(tmp_path / "model.safetensors", {"w": torch.ones(1)})
+    with pytest.raises(UserError, match=r"no whole bundle \(expected config.json and model.safetensors\)"):
+        read_weights(str(tmp_path), Architecture("small_conv"))
+    assert read_weights(str(tmp_path / "model.safetensors"), Architecture("small_conv")).keys() == {"w"}

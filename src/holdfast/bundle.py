@@ -94,6 +94,10 @@ def is_bundle(folder: Path) -> bool:
 def read_weights(path: str, architecture: Architecture) -> State:
     """Weights from a file, or from a bundle's folder, whose hash is then checked."""
     folder = Path(path).expanduser()
+    require(
+        not folder.is_dir() or is_bundle(folder),
+        f"{folder} is no whole bundle (expected {CONFIG} and {WEIGHTS}); for weights alone, name the file",
+    )
     return load_bundle(folder, architecture).state if is_bundle(folder) else load_weights(folder)
 
 

@@ -43,6 +43,7 @@ class Evidence:
     intactness: bool
     about: Mapping[str, Mapping[str, Any]]
     left_out: Mapping[str, str]
+    ahead: float  # of clean before scratch, along the envelope of their best attacks
     foreign: bool = False  # somebody else's defence, of which nothing is known
 
     @property
@@ -70,7 +71,8 @@ def _learning(seen: Evidence) -> list[Check]:
     best = {m: max(a[m][-1] for a in seen.entries) for m in ("clean", "scratch")}
     idle = [a["name"] for a in seen.entries if a["clean"][-1] - seen.chance < LEARNS]
     nothing = f"; says nothing, as it does not train the clean model either: {', '.join(idle)}" if idle else ""
-    ahead = any(a["clean_ahead"] for a in seen.entries)
+    under = sum(a["clean_ahead"] for a in seen.entries)
+    ahead = seen.ahead > MARGIN
     shown = {m: f"best {best[m]:.3f}, chance {seen.chance:.3f}" for m in best}
     return [
         Check("the clean model learns", best["clean"] - seen.chance >= LEARNS, shown["clean"] + nothing),
@@ -78,9 +80,10 @@ def _learning(seen: Evidence) -> list[Check]:
         Check(
             "pre-training helps the attacker",
             ahead,
-            "the clean model is more than 2 points ahead of scratch along the way under some attack"
+            f"the best attacks on the clean model are {100 * seen.ahead:.1f} points ahead of scratch's along the way"
             if ahead
-            else "the clean model is nowhere better than scratch: there is nothing to protect in this pair",
+            else f"its best attacks at every budget are not ahead of scratch's ({100 * seen.ahead:+.1f} points along "
+            f"the way; ahead under {under} of {len(seen.entries)} attacks): there is little to protect in this pair",
         ),
     ]
 

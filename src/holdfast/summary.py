@@ -56,6 +56,7 @@ def summarise(
             intact is not None,
             about,
             left_out if isinstance(left_out, Mapping) else dict.fromkeys(left_out, "other number of classes"),
+            worst.along("clean") - worst.along("scratch"),
             bool(facts.get("foreign")),
         )
     )
