@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.defences.base import Given
 from holdfast.defences.registry import DEFENCES, Identity, defence_class
 from holdfast.defences.sophon import Sophon
 from holdfast.errors import UserError
@@ -151,7 +152,7 @@ def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(
     spec = replace(QUICK_SOPHON, adversaries=2, clip=0.1)
     model = architecture.build(5)
     model.load_state_dict(clean_state)
-    engine = _Engine(spec, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
+    engine = _Engine(spec, Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
     accumulator = Accumulator()
     for n in range(2):
         seed = derive(0, "simulation", 1, 0, n)
@@ -261,7 +262,7 @@ def test_one_adversary_that_diverges_does_not_spoil_the_others(
     spec = replace(QUICK_SOPHON, adversaries=2)
     model = architecture.build(5)
     model.load_state_dict(clean_state)
-    engine = _Engine(spec, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
+    engine = _Engine(spec, Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
     whole, calls = type(engine.simulator).simulate, []
 
     def first_diverges(self, *arguments):
@@ -283,5 +284,5 @@ def test_a_probe_that_diverges_is_never_selected(
     model.load_state_dict(clean_state)
     with torch.no_grad():
         model[14].weight.fill_(float("inf"))
-    engine = _Engine(QUICK_SOPHON, model, original, restricted.halves(0)[0], 5, architecture, task, runtime, 0)
-    assert engine.probe("keep") == 1.0
+    engine = _Engine(QUICK_SOPHON, Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+    assert engine.restricted_metric.probe("keep") == 1.0

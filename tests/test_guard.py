@@ -134,3 +134,56 @@ def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
     events.Reload()
     assert {"protect/original", "protect/restricted", "protect/loss"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("protect/original")] == [1, 2]
+
+
+class TestPhases:
+    """original = 1 − weight, tolerance 0.1: a weight above 0.1 is a breach."""
+
+    @staticmethod
+    def run(moves: list[float], phases: list[str], select: str = "lowest"):
+        bench = Bench(moves)
+        history = run_guarded(
+            bench.model,
+            {"adam": bench.optimiser},
+            bench.iterate,
+            iterations=len(moves),
+            guard=Guard(0.1, 1),
+            original=lambda: 1 - bench.weight(),
+            restricted=lambda: 0.5 - bench.weight(),
+            identity="x",
+            workplace=Workplace(),
+            phase=lambda i: phases[i - 1],
+            select=select,
+        )
+        return bench, history
+
+    def test_a_free_phase_records_only(self) -> None:
+        bench, history = self.run([0.5, -0.45, 0.0], ["free", "free", "candidate"])
+        assert history.rollbacks == 0
+        assert [c["original"] for c in history.checks] == pytest.approx([1, 0.5, 0.95, 0.95])
+        assert history.released == 3
+        assert bench.weight() == pytest.approx(0.05)
+
+    def test_a_guarded_state_is_kept_within_tolerance_but_never_released(self) -> None:
+        bench, history = self.run([0.08, 0.5, -0.02], ["guarded", "guarded", "candidate"])
+        assert history.rollbacks == 1
+        assert history.released == 3, "iteration 1 scores lower, but is none to be released"
+        assert bench.weight() == pytest.approx(0.07), "0.08, and half of the move after the breach"
+
+    def test_there_is_no_way_back_into_an_earlier_phase(self) -> None:
+        bench, history = self.run([0.05, 0.3, -0.6], ["guarded", "candidate", "candidate"])
+        assert history.rollbacks == 0, "the breach of iteration 2 has no good state of its own phase"
+        assert [s for _, s, _ in bench.seen] == [1, 1, 0.5], "but suppression is weakened"
+        assert bench.weight() == pytest.approx(0.05)
+        assert history.released == 3
+
+    def test_except_from_a_nan(self) -> None:
+        bench, history = self.run([0.05, math.nan, 0.01], ["guarded", "candidate", "candidate"])
+        assert history.rollbacks == 1
+        assert bench.weight() == pytest.approx(0.055)
+
+    def test_the_last_candidate_within_tolerance(self) -> None:
+        bench, history = self.run([0.05, -0.04, 0.5], ["candidate"] * 3, select="last")
+        assert history.released == 2
+        assert bench.weight() == pytest.approx(0.01)
+        assert self.run([0.05, -0.04, 0.5], ["candidate"] * 3)[1].released == 1

@@ -32,6 +32,7 @@ ORDER = [
     "statistics",
     "metrics",
     "guard",
+    "defences.base",
     "defences.sophon",
     "defences.registry",
     "attacks.released",

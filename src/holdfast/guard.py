@@ -12,15 +12,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import nn
 
 from holdfast.errors import UserError, require
 from holdfast.files import load_torch, save_every_seconds, save_torch
 from holdfast.models import State, load_state, state_of
 from holdfast.progress import Bar, Reporter
+
+Phase = Literal["free", "guarded", "candidate"]
+Select = Literal["lowest", "last"]
+
+
+class Stateful(Protocol):
+    """An optimiser, a module, or anything else whose state goes back with the model's."""
+
+    def state_dict(self) -> Any:
+        """All of it, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Back to it."""
+        ...
+
 
 Iterate = Callable[[int, float], Mapping[str, float]]
 Measure = Callable[[], float]
@@ -33,6 +48,10 @@ class Guard:
     The metric may fall by a share `tolerance` of what the unprotected model reaches. On a breach, or a NaN, model and
     optimisers go back to the last good state and suppression is weakened by `weaken`; each good check strengthens it
     again by `recover`, up to 1.
+
+    A defence in stages says which `Phase` an iteration is in: `free` (intactness is only recorded: it is to be repaired
+    later), `guarded` (kept, but the state is not yet what is to be released), or `candidate`. From one phase there is
+    no way back into an earlier one, except from a NaN.
     """
 
     tolerance: float
@@ -83,7 +102,7 @@ class _Progress:
 
 def run_guarded(
     model: nn.Module,
-    optimisers: Mapping[str, torch.optim.Optimizer],
+    optimisers: Mapping[str, Stateful],
     iterate: Iterate,
     *,
     iterations: int,
@@ -92,16 +111,19 @@ def run_guarded(
     restricted: Measure,
     identity: str,
     workplace: Workplace,
+    phase: Callable[[int], Phase] = lambda _: "candidate",
+    select: Select = "lowest",
 ) -> History:
     """Call `iterate(i, strength)` for i = 1 … `iterations`; leave in `model` the best state within tolerance.
 
-    `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches (lower
-    is better: it selects). The unprotected model is itself a candidate, so the result is never out of tolerance.
-    `iterate` must draw its randomness from i alone: then a run resumed from any checkpoint is the run undisturbed.
+    `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches. Of the
+    candidates within tolerance the one with the `lowest` of it is released, or the `last`. The unprotected model is
+    itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then
+    a run resumed from any checkpoint is the run undisturbed.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
     started = time.monotonic()
-    state = _start(model, optimisers, original, restricted, identity, workplace)
+    state = _start(model, optimisers, original, restricted, identity, workplace, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
     floor = progress.baseline * (1 - guard.tolerance)
@@ -112,9 +134,8 @@ def run_guarded(
             progress.iteration = i
             broken = not all(math.isfinite(v) for v in losses.values())
             if broken or i % guard.every == 0 or i == iterations:
-                good, best = _check(
-                    model, optimisers, guard, floor, original, restricted, losses, broken, progress, good, best
-                )
+                measures = (original, restricted, phase(i), select)
+                good, best = _check(model, optimisers, guard, floor, measures, losses, broken, progress, good, best)
                 _tell(bar, write, progress.history.checks[-1], losses)
             bar.update(i)
             progress.history.seconds = spent + time.monotonic() - started
@@ -131,11 +152,10 @@ Good = dict[str, Any]
 
 def _check(
     model: nn.Module,
-    optimisers: Mapping[str, torch.optim.Optimizer],
+    optimisers: Mapping[str, Stateful],
     guard: Guard,
     floor: float,
-    original: Measure,
-    restricted: Measure,
+    measures: tuple[Measure, Measure, Phase, Select],
     losses: Mapping[str, float],
     broken: bool,
     progress: _Progress,
@@ -143,34 +163,38 @@ def _check(
     best: State,
 ) -> tuple[Good, State]:
     """Measure; accept the state or go back. Returns the last good and the best state."""
+    original, restricted, phase, select = measures
+    broken = broken or not all(bool(v.isfinite().all()) for v in model.state_dict().values())
     kept = math.nan if broken else original()
-    breach = broken or kept < floor or not all(bool(v.isfinite().all()) for v in model.state_dict().values())
+    breach = broken or (kept < floor and phase != "free")
     entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
     if breach:
-        _restore(model, optimisers, good)
+        if broken or good["phase"] == phase:
+            _restore(model, optimisers, good)
+            progress.history.rollbacks += 1
+            entry["rolled_back"] = 1.0
         progress.strength = max(guard.weakest, progress.strength * guard.weaken)
-        progress.history.rollbacks += 1
-        entry["rolled_back"] = 1.0
     else:
         score = restricted()
         entry["restricted"] = score
-        good = _snapshot(model, optimisers)
+        good = _snapshot(model, optimisers, phase)
         progress.strength = min(1.0, progress.strength * guard.recover)
-        if score < progress.best_score:
+        if phase == "candidate" and (select == "last" or score < progress.best_score):
             progress.best_score, progress.best_iteration = score, progress.iteration
             best = state_of(model)
     progress.history.checks.append({k: v for k, v in entry.items() if math.isfinite(v)})
     return good, best
 
 
-def _snapshot(model: nn.Module, optimisers: Mapping[str, torch.optim.Optimizer]) -> Good:
+def _snapshot(model: nn.Module, optimisers: Mapping[str, Stateful], phase: Phase) -> Good:
     return {
+        "phase": phase,
         "model": state_of(model),
         "optimisers": {n: copy.deepcopy(o.state_dict()) for n, o in optimisers.items()},
     }
 
 
-def _restore(model: nn.Module, optimisers: Mapping[str, torch.optim.Optimizer], good: Good) -> None:
+def _restore(model: nn.Module, optimisers: Mapping[str, Stateful], good: Good) -> None:
     load_state(model, good["model"])
     for name, optimiser in optimisers.items():
         optimiser.load_state_dict(copy.deepcopy(good["optimisers"][name]))
@@ -178,11 +202,12 @@ def _restore(model: nn.Module, optimisers: Mapping[str, torch.optim.Optimizer], 
 
 def _start(
     model: nn.Module,
-    optimisers: Mapping[str, torch.optim.Optimizer],
+    optimisers: Mapping[str, Stateful],
     original: Measure,
     restricted: Measure,
     identity: str,
     workplace: Workplace,
+    phase: Phase,
 ) -> tuple[_Progress, Good, State]:
     """From the checkpoint where there is one to resume, else from the unprotected model."""
     path = workplace.checkpoint
@@ -200,13 +225,13 @@ def _start(
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")
     first = {"iteration": 0.0, "original": baseline, "restricted": score, "strength": 1.0}
-    return _Progress(0, 1.0, score, 0, baseline, History([first])), _snapshot(model, optimisers), state_of(model)
+    return _Progress(0, 1.0, score, 0, baseline, History([first])), _snapshot(model, optimisers, phase), state_of(model)
 
 
 def _save(
     workplace: Workplace,
     model: nn.Module,
-    optimisers: Mapping[str, torch.optim.Optimizer],
+    optimisers: Mapping[str, Stateful],
     progress: _Progress,
     good: Good,
     best: State,
@@ -227,7 +252,7 @@ def _save(
             "checks": history.checks,
             "rollbacks": history.rollbacks,
             "seconds": history.seconds,
-            "now": _snapshot(model, optimisers),
+            "now": _snapshot(model, optimisers, "candidate"),
             "good": good,
             "best": best,
         },

@@ -151,8 +151,8 @@ def load_weights(path: str | Path) -> State:
     """Weights from `.safetensors`, or from a state dict that `torch.load(weights_only=True)` accepts.
 
     The wrappers `state_dict`, `model`, `model_state_dict` and the prefix `module.` are taken off. For a bundle's
-    folder see `bundle.read_weights`. No code in the file is ever run. Raises `UserError` for a file that is missing, truncated or holds
-    anything but tensors.
+    folder see `bundle.read_weights`. No code in the file is ever run. Raises `UserError` for a file that is missing,
+    truncated or holds anything but tensors.
     """
     file = Path(path).expanduser()
     require(file.is_file(), f"weights not found: {file}")

@@ -10,22 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from holdfast.domains import Domain, ImageData, holdout
+from holdfast.defences.base import Given, Guarded, Prober, require_positive, require_rates
 from holdfast.errors import require, unknown
-from holdfast.finetuning import FineTuning
-from holdfast.guard import Guard, History, Workplace, run_guarded
-from holdfast.metrics import area, evaluation_steps
-from holdfast.models import Architecture
+from holdfast.finetuning import FineTuning, Initialise
+from holdfast.guard import Select
 from holdfast.optimisers import OPTIMISERS
-from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
-from holdfast.tasks import Task
-from holdfast.training import evaluate, fit, minibatches
+from holdfast.training import fit
 
 
 @dataclass(frozen=True)
-class Sophon:
+class Sophon(Guarded):
     """Hyper-parameters of SOPHON; the defaults are the paper's, named behind each.
 
     An iteration runs `fts_loops` loops of fine-tuning suppression (each: N simulated adversaries drawn from Φ, K inner
@@ -36,7 +32,10 @@ class Sophon:
     suppression: str = "ice"  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1
     adversaries: int = 3  # N; paper: one task on each of three GPUs, §5.1.1
     inner_steps: int = 50  # K; paper: 50
-    inner_initialise: tuple[str, ...] = ("keep", "head")  # paper: entire model, or all but the final layer, §4.1.1
+    inner_initialise: tuple[Initialise, ...] = (
+        "keep",
+        "head",
+    )  # paper: entire model, or all but the final layer, §4.1.1
     inner_lr: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # paper: these
     inner_batch_size: tuple[int, ...] = (50, 100, 150, 200, 250)  # paper: these
     inner_optimiser: tuple[str, ...] = ("adam",)  # paper: Adam
@@ -52,22 +51,13 @@ class Sophon:
     tolerance: float = 0.03  # λ of Eq. 1 as a share of the original metric; paper: 99.6 → 96.2 … 97.8 %, 0.034 … 0.018
     check_every: int = 10  # iterations between checks of intactness; paper: not stated
     probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
+    released: ClassVar[Select] = "lowest"
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in (
-            "adversaries",
-            "inner_steps",
-            "fts_loops",
-            "ntr_loops",
-            "iterations",
-            "ntr_batch_size",
-            "check_every",
-            "probe_steps",
-        ):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
-        for name in ("alpha", "beta"):
-            require(0 < getattr(self, name) <= 1, f"{name} must lie in (0, 1], but got {getattr(self, name)}")
+        require_positive(self, "adversaries", "inner_steps", "fts_loops", "ntr_loops", "iterations")
+        require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
+        require_rates(self, "alpha", "beta")
         for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
             require(bool(getattr(self, name)), f"{name} must not be empty")
         for value in self.inner_initialise:
@@ -120,69 +110,43 @@ class Sophon:
             f"original ones, but there are {restricted} and {original}; set defence.inner_initialise to [head]",
         )
 
-    def protect(
-        self,
-        model: nn.Module,
-        original: Domain,
-        restricted: ImageData,
-        *,
-        restricted_classes: int,
-        architecture: Architecture,
-        task: Task,
-        runtime: Runtime,
-        seed: int = 0,
-        identity: str = "",
-        workplace: Workplace | None = None,
-    ) -> History:
-        """Protect `model` in place, and return what happened.
+    def length(self) -> int:
+        """Iter of Algorithm 1."""
+        return self.iterations
 
-        `original`: training data reinforce, validation data check intactness. `restricted`: the defender's half.
-        The model must have a head for `original`'s classes and lie on the runtime's device. Raises `UserError` for
-        heads and classes that do not agree.
-        """
-        engine = _Engine(self, model, original, restricted, restricted_classes, architecture, task, runtime, seed)
-        return run_guarded(
-            model,
-            {"fts": engine.fts, "ntr": engine.ntr},
-            engine.iterate,
-            iterations=self.iterations,
-            guard=Guard(self.tolerance, self.check_every),
-            original=engine.original_metric,
-            restricted=engine.restricted_metric,
-            identity=identity,
-            workplace=workplace or Workplace(),
-        )
+    def engine(self, given: Given) -> _Engine:
+        """Two Adams, a simulator, and the probe that selects."""
+        return _Engine(self, given)
 
 
 class _Engine:
     """The moving parts of one protection: two Adams on the same parameters, a simulator, the measures."""
 
-    def __init__(
-        self,
-        spec: Sophon,
-        model: nn.Module,
-        original: Domain,
-        restricted: ImageData,
-        restricted_classes: int,
-        architecture: Architecture,
-        task: Task,
-        runtime: Runtime,
-        seed: int,
-    ) -> None:
-        architecture.head(model, len(original.classes))  # head and classes must agree before any work begins
-        spec.check_classes(len(original.classes), restricted_classes)
-        self.spec, self.model, self.original, self.restricted = spec, model, original, restricted
-        self.task, self.runtime, self.seed = task, runtime, seed
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        self.fts = torch.optim.Adam(model.parameters(), spec.alpha, foreach=True)
-        self.ntr = torch.optim.Adam(model.parameters(), spec.beta, foreach=True)
-        learner = runtime.place(architecture.build(restricted_classes))
+    def __init__(self, spec: Sophon, given: Given) -> None:
+        self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
+        parameters = list(given.model.parameters())
+        self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
+        self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)
+        self.states = {"fts": self.fts, "ntr": self.ntr}
+        learner = given.learner()
         self.simulator = Simulator(
-            learner, architecture, restricted_classes, restricted, task, runtime, spec.held_out_fraction
+            learner,
+            given.architecture,
+            given.classes,
+            given.restricted,
+            given.task,
+            given.runtime,
+            spec.held_out_fraction,
         )
-        self.suppression = task.suppression(spec.suppression)
+        self.suppression = given.task.suppression(spec.suppression)
         self.gammas = step_weights(spec.gamma, spec.inner_steps)
+        self.restricted_metric = Prober(
+            given,
+            spec.probe_steps,
+            max(spec.inner_batch_size),
+            spec.inner_initialise,
+            learner,
+        )
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """Lines 3–21 of Algorithm 1. `strength` scales α (the guard lowers it after a breach)."""
@@ -220,56 +184,9 @@ class _Engine:
 
     def reinforce(self, iteration: int) -> float:
         """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
-        count = self.spec.ntr_loops
-        batches = minibatches(
-            self.original.train,
-            self.spec.ntr_batch_size,
-            iteration * count,
-            derive(self.seed, "reinforce"),
-            self.runtime,
-            first_step=(iteration - 1) * count,
+        given, count = self.given, self.spec.ntr_loops
+        batches = given.batches(
+            given.original.train, self.spec.ntr_batch_size, "reinforce", (iteration - 1) * count, count
         )
         with seeded(self.seed, "reinforce", iteration):
-            return fit(self.model, batches, self.task.loss, self.ntr, runtime=self.runtime).loss
-
-    def original_metric(self) -> float:
-        """The original metric on validation data."""
-        return evaluate(self.model, self.original.validation, self.task, self.runtime)[0]
-
-    def restricted_metric(self) -> float:
-        """What the better of two fixed adversaries reaches along the way, on a part of the defender's half that they
-        do not train on: Adam at 1e-3, head kept or re-initialised. Suppression has seen these images: good enough to
-        rank states, too kind to be a result."""
-        return max(self.probe(initialise) for initialise in self.spec.inner_initialise)
-
-    def probe(self, initialise: str) -> float:
-        """Fine-tune a copy for `probe_steps` and average its metric over evaluations along the way."""
-        spec, simulator = self.spec, self.simulator
-        parts = holdout(self.restricted.labels, 0.3, generator(self.seed, "probe"))
-        adapt, held_out = (self.restricted.subset(p) for p in parts)
-        steps = evaluation_steps(spec.probe_steps, 5)
-        tuning = FineTuning(
-            initialise=initialise,  # type: ignore[arg-type]
-            optimiser="adam",
-            lr=1e-3,
-            weight_decay=0.0,
-            batch_size=max(spec.inner_batch_size),
-            steps=spec.probe_steps,
-        )
-        learner, classes = simulator.learner, simulator.classes
-        seed = derive(self.seed, "probe", initialise)
-        values: list[float] = []
-        result = tuning.run_from(
-            self.model.state_dict(),
-            learner,
-            adapt,
-            self.task,
-            simulator.architecture,
-            classes,
-            runtime=self.runtime,
-            seed=seed,
-            steps=steps,
-            note=lambda *_: values.append(evaluate(learner, held_out, self.task, self.runtime)[0]),
-        )
-        # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
-        return 1.0 if result.diverged_at else area(values)
+            return fit(self.model, batches, given.task.loss, self.ntr, runtime=given.runtime).loss

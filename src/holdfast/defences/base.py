@@ -1,0 +1,203 @@
+"""What all defences share: what they are given, the way from an engine to `protect`, the adversary that probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from holdfast.domains import Domain, ImageData, holdout
+from holdfast.errors import require
+from holdfast.finetuning import FineTuning, Initialise
+from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, run_guarded
+from holdfast.metrics import area, evaluation_steps
+from holdfast.models import Architecture
+from holdfast.runtime import Runtime
+from holdfast.seeding import derive, generator
+from holdfast.tasks import Task
+from holdfast.training import Batch, evaluate, minibatches
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a defence is given: the model with a head for `original`'s classes, on the runtime's device; the original
+    domain; the defender's half of the restricted one, which has `classes` classes."""
+
+    model: nn.Module
+    original: Domain
+    restricted: ImageData
+    classes: int
+    architecture: Architecture
+    task: Task
+    runtime: Runtime
+    seed: int = 0
+
+    def head(self) -> list[str]:
+        """Names of the model's head; `UserError` where it does not fit the original classes."""
+        return self.architecture.head(self.model, len(self.original.classes))
+
+    def learner(self, classes: int | None = None) -> nn.Module:
+        """A fresh model of the same architecture (default: for the restricted classes), on the device."""
+        return self.runtime.place(self.architecture.build(self.classes if classes is None else classes))
+
+    def batches(
+        self, data: ImageData, size: int, stream: str, first: int, count: int = 1, within: Tensor | None = None
+    ) -> Iterator[Batch]:
+        """Batches `first` … `first + count − 1` (from 0) of an endless stream of `data`; see `minibatches`."""
+        seed = derive(self.seed, stream)
+        return minibatches(data, size, first + count, seed, self.runtime, first_step=first, within=within)
+
+    def original_metric(self) -> float:
+        """The original metric on validation data."""
+        return evaluate(self.model, self.original.validation, self.task, self.runtime)[0]
+
+
+class Prober:
+    """A fixed adversary on a part of the defender's half that it does not train on: Adam at 1e-3, the whole model,
+    with the head kept or re-initialised; what the better of these reaches, averaged over evaluations along the way.
+
+    The defence has seen these images: good enough to rank states, too kind to be a result.
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        steps: int,
+        batch_size: int = 100,
+        initialise: tuple[Initialise, ...] = ("head",),
+        learner: nn.Module | None = None,
+    ) -> None:
+        self.given, self.initialise = given, initialise
+        self.learner = given.learner() if learner is None else learner
+        self.tuning = FineTuning(optimiser="adam", lr=1e-3, weight_decay=0.0, batch_size=batch_size, steps=steps)
+        parts = holdout(given.restricted.labels, 0.3, generator(given.seed, "probe"))
+        self.adapt, self.held_out = (given.restricted.subset(p) for p in parts)
+
+    def __call__(self) -> float:
+        """What the best of the adversaries reaches."""
+        return max(self.probe(i) for i in self.initialise)
+
+    def probe(self, initialise: Initialise) -> float:
+        """Fine-tune a copy of the model, and average its metric along the way."""
+        given, values = self.given, list[float]()
+
+        def note(step: int, how: str) -> None:
+            values.append(evaluate(self.learner, self.held_out, given.task, given.runtime)[0])
+
+        tuning = replace(self.tuning, initialise=initialise)
+        result = tuning.run_from(
+            given.model.state_dict(),
+            self.learner,
+            self.adapt,
+            given.task,
+            given.architecture,
+            given.classes,
+            runtime=given.runtime,
+            seed=derive(given.seed, "probe", initialise),
+            steps=evaluation_steps(tuning.steps, 5),
+            note=note,
+        )
+        # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
+        return 1.0 if result.diverged_at else area(values)
+
+
+class Engine(Protocol):
+    """The moving parts of one protection."""
+
+    @property
+    def states(self) -> Mapping[str, Stateful]:
+        """What goes back with the model after a breach."""
+        ...
+
+    @property
+    def restricted_metric(self) -> Callable[[], float]:
+        """What the curve shows, and the selection may look at: lower is better."""
+        ...
+
+    def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
+        """Work on the model for one iteration (from 1), suppression weakened to `strength` in (0, 1]; losses by name.
+        All randomness comes from `iteration`."""
+        ...
+
+
+class Guarded:
+    """A defence that improves the model iteration by iteration, within a tolerance. Subclasses are frozen dataclasses
+    that bring `engine`; `released` says which state within tolerance is kept."""
+
+    tolerance: float
+    check_every: int
+    released: ClassVar[Select] = "last"
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+
+    def engine(self, given: Given) -> Engine:
+        """The moving parts, ready for iteration 1."""
+        raise NotImplementedError
+
+    def length(self) -> int:
+        """Number of iterations."""
+        raise NotImplementedError
+
+    def phase(self, iteration: int) -> Phase:
+        """See `holdfast.guard.Guard`."""
+        return "candidate"
+
+    def simulates(self, tuning: FineTuning) -> bool:
+        """Whether the defence trained against this strategy; most train against none."""
+        return False
+
+    def check_classes(self, original: int, restricted: int) -> None:
+        """`UserError` where the defence cannot work with these numbers of classes; most can with any."""
+
+    def protect(
+        self,
+        model: nn.Module,
+        original: Domain,
+        restricted: ImageData,
+        *,
+        restricted_classes: int,
+        architecture: Architecture,
+        task: Task,
+        runtime: Runtime,
+        seed: int = 0,
+        identity: str = "",
+        workplace: Workplace | None = None,
+    ) -> History:
+        """Protect `model` in place, and return what happened.
+
+        `original`: training data keep, validation data check intactness. `restricted`: the defender's half.
+        The model must have a head for `original`'s classes and lie on the runtime's device. Raises `UserError` for
+        heads and classes that do not agree.
+        """
+        given = Given(model, original, restricted, restricted_classes, architecture, task, runtime, seed)
+        given.head()  # head and classes must agree before any work begins
+        self.check_classes(len(original.classes), restricted_classes)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        engine = self.engine(given)
+        return run_guarded(
+            model,
+            engine.states,
+            engine.iterate,
+            iterations=self.length(),
+            guard=Guard(self.tolerance, self.check_every),
+            original=given.original_metric,
+            restricted=engine.restricted_metric,
+            identity=identity,
+            workplace=workplace or Workplace(),
+            phase=self.phase,
+            select=self.released,
+        )
+
+
+def require_positive(spec: object, *names: str) -> None:
+    """`UserError` for the first of these fields that is below 1."""
+    for name in names:
+        require(getattr(spec, name) >= 1, f"{name} must be at least 1, but got {getattr(spec, name)}")
+
+
+def require_rates(spec: object, *names: str) -> None:
+    """`UserError` for the first of these fields that does not lie in (0, 1]."""
+    for name in names:
+        require(0 < getattr(spec, name) <= 1, f"{name} must lie in (0, 1], but got {getattr(spec, name)}")
