@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from holdfast.defences.base import Given
+from holdfast.defences.ntl import NTL
+from holdfast.defences.ntp import NTP
 from holdfast.defences.registry import DEFENCES, Identity, defence_class
+from holdfast.defences.reverse_maml import ReverseMAML
+from holdfast.defences.skd import SKD
 from holdfast.defences.sophon import Sophon
+from holdfast.defences.unsir import UNSIR
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Workplace
@@ -27,7 +32,30 @@ QUICK_SOPHON = Sophon(
     probe_steps=10,
     tolerance=0.05,
 )
-CASES = {"sophon": QUICK_SOPHON, "identity": Identity()}
+QUICK_NTP = NTP(gamma=1.0, sparsity=0.5, iterations=6, steps=5, retrain=4, check_every=2, probe_steps=10)
+QUICK_NTL = NTL(iterations=40, check_every=10, probe_steps=10)
+QUICK_UNSIR = UNSIR(
+    learn_steps=20,
+    noise_steps=5,
+    noise_batch=10,
+    noise_copies=2,
+    retained=40,
+    repair_epochs=10,
+    batch_size=50,
+    check_every=5,
+    probe_steps=10,
+)
+QUICK_SKD = SKD(iterations=40, batch_size=40, head_steps=60, check_every=20, probe_steps=10)
+QUICK_MAML = ReverseMAML(iterations=6, tasks=1, check_every=3, batch_size=40, probe_steps=10)
+CASES = {
+    "sophon": QUICK_SOPHON,
+    "ntp": QUICK_NTP,
+    "skd": QUICK_SKD,
+    "reverse-maml": QUICK_MAML,
+    "ntl": QUICK_NTL,
+    "unsir": QUICK_UNSIR,
+    "identity": Identity(),
+}
 
 
 def protect(defence, clean_state, original, restricted, architecture, task, runtime, seed=0, workplace=None):

@@ -113,13 +113,14 @@ def run_guarded(
     workplace: Workplace,
     phase: Callable[[int], Phase] = lambda _: "candidate",
     select: Select = "lowest",
+    done: Callable[[int], bool] = lambda _: False,
 ) -> History:
     """Call `iterate(i, strength)` for i = 1 … `iterations`; leave in `model` the best state within tolerance.
 
     `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches. Of the
     candidates within tolerance the one with the `lowest` of it is released, or the `last`. The unprotected model is
     itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then
-    a run resumed from any checkpoint is the run undisturbed.
+    a run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
     started = time.monotonic()
@@ -129,17 +130,20 @@ def run_guarded(
     floor = progress.baseline * (1 - guard.tolerance)
     saved = time.monotonic()
     with workplace.reporter.bar("protect", iterations, progress.iteration) as bar, _curves(workplace) as write:
-        for i in range(progress.iteration + 1, iterations + 1):
+        last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
+        while not last:
+            i = progress.iteration + 1
             losses = dict(iterate(i, progress.strength))
             progress.iteration = i
+            last = i == iterations or done(i)
             broken = not all(math.isfinite(v) for v in losses.values())
-            if broken or i % guard.every == 0 or i == iterations:
+            if broken or i % guard.every == 0 or last:
                 measures = (original, restricted, phase(i), select)
                 good, best = _check(model, optimisers, guard, floor, measures, losses, broken, progress, good, best)
                 _tell(bar, write, progress.history.checks[-1], losses)
             bar.update(i)
             progress.history.seconds = spent + time.monotonic() - started
-            if time.monotonic() - saved > workplace.save_every_seconds or i == iterations:
+            if time.monotonic() - saved > workplace.save_every_seconds or last:
                 _save(workplace, model, optimisers, progress, good, best, identity)
                 saved = time.monotonic()
     load_state(model, best)
@@ -175,7 +179,7 @@ def _check(
             entry["rolled_back"] = 1.0
         progress.strength = max(guard.weakest, progress.strength * guard.weaken)
     else:
-        score = restricted()
+        score = math.inf if phase == "free" else restricted()
         entry["restricted"] = score
         good = _snapshot(model, optimisers, phase)
         progress.strength = min(1.0, progress.strength * guard.recover)

@@ -28,10 +28,17 @@ class SmallConvNet(nn.Sequential):
     """Four 3×3 convolutions, batch normalisation and ReLU each, mean pooling, a linear head: for work on a CPU.
 
     `width` channels, then 2·width; strides (s, 2, 1, 2) with s = `stem_stride`. 94 k parameters at width 32.
+    `hidden`: a linear layer of so many units, and its ReLU, before the head. `norm`: whether to normalise.
     """
 
     def __init__(
-        self, classes: int, channels: int = 3, width: int = 32, stem_stride: int = 1, norm: bool = True
+        self,
+        classes: int,
+        channels: int = 3,
+        width: int = 32,
+        stem_stride: int = 1,
+        norm: bool = True,
+        hidden: int | None = None,
     ) -> None:
         plan = ((channels, width, stem_stride), (width, 2 * width, 2), (2 * width, 2 * width, 1))
         layers: list[nn.Module] = []
@@ -39,7 +46,9 @@ class SmallConvNet(nn.Sequential):
             layers.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not norm))
             layers += [nn.BatchNorm2d(outputs)] if norm else []
             layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes))
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        layers += [nn.Linear(2 * width, hidden), nn.ReLU(inplace=True)] if hidden else []
+        super().__init__(*layers, nn.Linear(hidden or 2 * width, classes))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -103,23 +104,26 @@ class Prober:
         return 1.0 if result.diverged_at else area(values)
 
 
-class Engine(Protocol):
-    """The moving parts of one protection."""
+class Engine(ABC):
+    """The moving parts of one protection: `length` iterations; `states`: what goes back with the model after a breach;
+    `restricted_metric`: what the curve shows, and the selection may look at, lower is better."""
 
-    @property
-    def states(self) -> Mapping[str, Stateful]:
-        """What goes back with the model after a breach."""
-        ...
+    length: int
+    states: Mapping[str, Stateful]
+    restricted_metric: Callable[[], float]
 
-    @property
-    def restricted_metric(self) -> Callable[[], float]:
-        """What the curve shows, and the selection may look at: lower is better."""
-        ...
-
+    @abstractmethod
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """Work on the model for one iteration (from 1), suppression weakened to `strength` in (0, 1]; losses by name.
         All randomness comes from `iteration`."""
-        ...
+
+    def phase(self, iteration: int) -> Phase:
+        """See `holdfast.guard.Guard`."""
+        return "candidate"
+
+    def done(self, iteration: int) -> bool:
+        """Whether nothing is left to do after this iteration, though `length` is not reached."""
+        return False
 
 
 class Guarded:
@@ -134,14 +138,6 @@ class Guarded:
     def engine(self, given: Given) -> Engine:
         """The moving parts, ready for iteration 1."""
         raise NotImplementedError
-
-    def length(self) -> int:
-        """Number of iterations."""
-        raise NotImplementedError
-
-    def phase(self, iteration: int) -> Phase:
-        """See `holdfast.guard.Guard`."""
-        return "candidate"
 
     def simulates(self, tuning: FineTuning) -> bool:
         """Whether the defence trained against this strategy; most train against none."""
@@ -180,14 +176,15 @@ class Guarded:
             model,
             engine.states,
             engine.iterate,
-            iterations=self.length(),
+            iterations=engine.length,
             guard=Guard(self.tolerance, self.check_every),
             original=given.original_metric,
             restricted=engine.restricted_metric,
             identity=identity,
             workplace=workplace or Workplace(),
-            phase=self.phase,
+            phase=engine.phase,
             select=self.released,
+            done=engine.done,
         )
 
 

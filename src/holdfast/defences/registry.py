@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from holdfast.defences.ntl import NTL
+from holdfast.defences.ntp import NTP
+from holdfast.defences.reverse_maml import ReverseMAML
+from holdfast.defences.skd import SKD
 from holdfast.defences.sophon import Sophon
+from holdfast.defences.unsir import UNSIR
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import unknown
 from holdfast.finetuning import FineTuning
@@ -66,7 +71,17 @@ class Identity:
         return History()
 
 
-DEFENCES: Mapping[str, type[Any]] = MappingProxyType({"sophon": Sophon, "identity": Identity})
+DEFENCES: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        "sophon": Sophon,
+        "ntp": NTP,
+        "skd": SKD,
+        "reverse-maml": ReverseMAML,
+        "ntl": NTL,
+        "unsir": UNSIR,
+        "identity": Identity,
+    }
+)
 
 
 def defence_class(name: str) -> type[Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from holdfast.defences.base import Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
 from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Select
@@ -110,20 +110,17 @@ class Sophon(Guarded):
             f"original ones, but there are {restricted} and {original}; set defence.inner_initialise to [head]",
         )
 
-    def length(self) -> int:
-        """Iter of Algorithm 1."""
-        return self.iterations
-
     def engine(self, given: Given) -> _Engine:
         """Two Adams, a simulator, and the probe that selects."""
         return _Engine(self, given)
 
 
-class _Engine:
+class _Engine(Engine):
     """The moving parts of one protection: two Adams on the same parameters, a simulator, the measures."""
 
     def __init__(self, spec: Sophon, given: Given) -> None:
         self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
+        self.length = spec.iterations
         parameters = list(given.model.parameters())
         self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
         self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)

@@ -1,0 +1,168 @@
+"""NTP, non-transferable pruning (Ding et al., ECCV 2024): ADMM under a loss that collapses restricted classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.errors import require
+from holdfast.features import Tap
+from holdfast.guard import Phase
+from holdfast.pruning import ADMM, BUDGETS, Mask, keep_largest, prunable, soft_threshold, sparsity
+from holdfast.seeding import seeded
+from holdfast.separation import fisher_ratio, mmd
+from holdfast.training import fit
+
+
+def ntp_loss(original: Tensor, restricted: Tensor, regulariser: Tensor, spec: NTP, strength: float = 1.0) -> Tensor:
+    """L = L_o − s·α·min(L_r, c) + s·γ·R: the losses of both domains, and the Fisher ratio (or −MMD) of the features."""
+    pushed = restricted.clamp(max=spec.bound)
+    return original - strength * (spec.alpha * pushed - spec.gamma * regulariser)
+
+
+@dataclass(frozen=True)
+class NTP(Guarded):
+    """Hyper-parameters of NTP; the defaults are those of its published code, except where it says "ours".
+
+    An iteration of the first stage is one of ADMM: `steps` steps of Adam on the loss and ρ/2·‖W − Z + U‖², then the
+    projection and the dual update. It ends after `iterations`, or as soon as Z has the target sparsity and the primal
+    residual is at most `residual`; then the mask is fixed (Z ≠ 0) and the weights left are trained on, without the
+    penalty, for `retrain` iterations. Only masked states are released.
+    """
+
+    regulariser: Literal["fisher", "mmd", "none"] = "fisher"
+    alpha: float = 1.0
+    bound: float = 10.0  # c; published code: 10 with the Fisher term, 3 with MMD
+    gamma: float = 1e3  # of the Fisher ratio, or of −MMD
+    rho: float = 0.005
+    projection: Literal["soft", "largest"] = "largest"  # published code: soft threshold; a target needs `largest`
+    threshold: float = 0.005  # λ/ρ of the soft threshold; ours
+    sparsity: float = 0.95  # published code: stops above 0.95 to 0.99
+    budget: str = "global"
+    residual: float = 0.05  # of the weights' norm; ours
+    iterations: int = 100  # of ADMM, at most
+    steps: int = 20  # of Adam an iteration; ours
+    retrain: int = 20  # iterations with the mask fixed; ours
+    lr: float = 1e-3
+    weight_decay: float = 8e-4
+    batch_size: int = 64  # of each domain; ours
+    tolerance: float = 0.02  # ours
+    check_every: int = 5  # ours
+    probe_steps: int = 50  # of the adversary behind the curve "restricted"; ours
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "steps", "retrain", "check_every", "probe_steps")
+        require_rates(self, "lr", "residual")
+        require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
+        for name, valid in (
+            ("regulariser", ("fisher", "mmd", "none")),
+            ("projection", ("soft", "largest")),
+            ("budget", BUDGETS),
+        ):
+            require(
+                getattr(self, name) in valid, f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}"
+            )
+        for name in ("alpha", "gamma", "weight_decay"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
+        for name in ("bound", "rho", "threshold"):
+            require(getattr(self, name) > 0, f"{name} must be positive, but got {getattr(self, name)}")
+        for name in ("sparsity", "tolerance"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), but got {getattr(self, name)}")
+
+    def check_classes(self, original: int, restricted: int) -> None:
+        """One head serves both domains, where restricted images have a loss of their own."""
+        require(
+            self.alpha == 0 or restricted <= original,
+            f"head and classes do not agree: ntp with alpha > 0 needs a head for the restricted classes too, but there "
+            f"are {restricted} of them and {original} original ones",
+        )
+
+    def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sparse tensors next to `values`."""
+        if self.projection == "soft":
+            return soft_threshold(values, self.threshold)
+        return keep_largest(values, self.sparsity, self.budget)
+
+    def engine(self, given: Given) -> _Engine:
+        """Adam, the multipliers, the mask."""
+        return _Engine(self, given)
+
+
+class _Engine(Engine):
+    def __init__(self, spec: NTP, given: Given) -> None:
+        self.spec, self.given, self.length = spec, given, spec.iterations + spec.retrain
+        self.head = given.head()
+        self.names = prunable(given.model, tuple(self.head))
+        require(bool(self.names), "ntp prunes linear layers and convolutions before the head, but there are none")
+        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay, foreach=True)
+        self.admm, self.mask = ADMM(self.weights(), spec.rho), Mask()
+        self.states = {"adam": self.adam, "admm": self.admm, "mask": self.mask}
+        self.restricted_metric = Prober(given, spec.probe_steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is pruned."""
+        return {n: self.given.model.get_parameter(n) for n in self.names}
+
+    def phase(self, iteration: int) -> Phase:
+        """Until the mask is fixed, the weights are not yet sparse."""
+        return "candidate" if self.mask.kept else "guarded"
+
+    def done(self, iteration: int) -> bool:
+        """`retrain` iterations after the mask was fixed."""
+        return bool(self.mask.kept) and iteration >= self.mask.since + self.spec.retrain
+
+    def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
+        """One iteration of ADMM, or of training what is left."""
+        spec, weights = self.spec, self.weights()
+        losses = self._train(iteration, strength)
+        if self.mask.kept:
+            return {**losses, "sparsity": sparsity(weights)}
+        primal, dual = self.admm.update(weights, spec.project)
+        reached = sparsity(self.admm.z)
+        sparse = spec.projection == "largest" or reached >= spec.sparsity
+        if iteration >= spec.iterations or (sparse and primal <= spec.residual):
+            self.mask.fix(self.admm.z, iteration)
+            self.mask.enforce(weights)
+        return {**losses, "primal": primal, "dual": dual, "sparsity": reached}
+
+    def _train(self, iteration: int, strength: float) -> dict[str, float]:
+        """`steps` steps, each on a batch of each domain in one pass."""
+        spec, given, weights = self.spec, self.given, self.weights()
+        first = (iteration - 1) * spec.steps
+        ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
+        theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
+        n = min(spec.batch_size, len(given.original.train))
+        seen: dict[str, float] = {}
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            kept, pushed = (given.task.loss(outputs[s], targets[s]) for s in (slice(n), slice(n, None)))
+            term = self._regulariser(tap.value, targets, n)
+            seen.update(kept=kept.item(), pushed=pushed.item(), **{spec.regulariser: term.item()})
+            found = ntp_loss(kept, pushed if spec.alpha else pushed.detach(), term, spec, strength)
+            return found if self.mask.kept else found + self.admm.penalty(weights)
+
+        both = ((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(ours, theirs, strict=True))
+        with Tap(given.model, self.head[0]) as tap, seeded(given.seed, "ntp", iteration):
+            result = fit(
+                given.model,
+                both,
+                loss,
+                self.adam,
+                runtime=given.runtime,
+                after_step=lambda *_: self.mask.enforce(weights),
+            )
+        return {"ntp": math.nan if result.diverged_at else result.loss, **seen}
+
+    def _regulariser(self, features: Tensor, labels: Tensor, n: int) -> Tensor:
+        if self.spec.regulariser == "fisher":
+            return fisher_ratio(features[n:], labels[n:])
+        if self.spec.regulariser == "mmd":
+            return -mmd(features[:n], features[n:])
+        return torch.zeros((), device=features.device)

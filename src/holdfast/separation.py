@@ -1,0 +1,59 @@
+"""How far apart classes, or domains, lie in feature space: pure functions with gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.errors import require
+
+TINY = 1e-8
+
+
+def fisher_ratio(features: Tensor, labels: Tensor) -> Tensor:
+    """Between-class over within-class scatter, tr S_B / tr S_W, of L2-normalised features (NTP's Fisher term).
+
+    With f̂ = f/‖f‖, class means μ_c over n_c samples and the mean μ of all,
+
+        tr S_B = Σ_c n_c·‖μ_c − μ‖² ,  tr S_W = Σ_i ‖f̂_i − μ_{y_i}‖² .
+
+    Lies in [0, ∞): 0 where all classes share one mean; minimising it collapses the classes into each other. Not changed
+    by the scale of the features. `features`: (n, …), flattened; `labels`: (n,) int64. Returns a float32 scalar.
+    """
+    flat = F.normalize(_flat(features), dim=1, eps=TINY)
+    kinds, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(kinds), flat.shape[1], device=flat.device).index_add(0, index, flat)
+    means = sums / counts.unsqueeze(1)
+    between = (counts * (means - flat.mean(0)).square().sum(1)).sum()
+    within = (flat - means[index]).square().sum()
+    ratio: Tensor = between / (within + TINY)
+    return ratio
+
+
+def mmd(first: Tensor, second: Tensor, kernels: int = 5, factor: float = 2.0) -> Tensor:
+    """Squared maximum mean discrepancy between two samples, biased estimate, a sum of Gaussian kernels (Gretton et al.,
+    JMLR 2012; as NTL uses it).
+
+    With k(a, b) = Σ_j exp(−‖a − b‖²/b_j), b_j = b̄·factor^(j − ⌊kernels/2⌋), j = 0 … kernels − 1, and b̄ the mean squared
+    distance over all pairs of the two samples together (without gradient):
+
+        MMD² = mean k(x, x′) + mean k(y, y′) − 2·mean k(x, y) .
+
+    Lies in [0, 2·kernels]; 0 for equal samples. `first`: (n, …), `second`: (m, …), flattened.
+    """
+    require(kernels >= 1 and factor > 0, f"mmd needs kernels ≥ 1 and factor > 0, but got {kernels} and {factor}")
+    x, y = _flat(first), _flat(second)
+    every = torch.cat([x, y])
+    distances = (every.unsqueeze(1) - every.unsqueeze(0)).square().sum(2)
+    count = len(every)
+    middle = distances.detach().sum() / max(1, count * count - count) + TINY
+    widths = [middle * factor ** (j - kernels // 2) for j in range(kernels)]
+    kernel = torch.stack([torch.exp(-distances / w) for w in widths]).sum(0)
+    n = len(x)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def _flat(features: Tensor) -> Tensor:
+    require(features.ndim >= 2, f"features must have shape (n, …), but got {tuple(features.shape)}")
+    return features.flatten(1).float()

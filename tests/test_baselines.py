@@ -1,0 +1,269 @@
+"""NTL, UNSIR, SKD and Reverse-MAML: their mathematics, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.defences.base import Given
+from holdfast.defences.ntl import NTL, ntl_loss
+from holdfast.defences.ntp import NTP, ntp_loss
+from holdfast.defences.reverse_maml import ReverseMAML, adapt, episode, meta_gradient
+from holdfast.defences.skd import SKD, distillation_loss, misses
+from holdfast.defences.unsir import UNSIR, noise_loss
+from holdfast.errors import UserError
+from holdfast.features import Tap, last_activation
+from holdfast.models import Architecture
+from holdfast.pruning import prunable, sparsity
+from test_defences import QUICK_MAML, QUICK_NTP, QUICK_SKD, QUICK_UNSIR, protect
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+class TestNTL:
+    def test_the_product_by_hand(self) -> None:
+        """1 − min(0.1·4, 1)·min(0.1·5, 1) = 0.8; d/dL_r = −0.1·0.5, d/dMMD = −0.4·0.1."""
+        original, restricted, distance = scalar(1.0), scalar(4.0), scalar(5.0)
+        loss = ntl_loss(original, restricted, distance, NTL())
+        assert loss.item() == pytest.approx(0.8)
+        gradients = torch.autograd.grad(loss, (original, restricted, distance))
+        assert [g.item() for g in gradients] == pytest.approx([1, -0.05, -0.04])
+        assert ntl_loss(original, restricted, distance, NTL(), strength=0.5).item() == pytest.approx(0.9)
+
+    def test_a_factor_at_its_bound_has_no_gradient(self) -> None:
+        restricted, distance = scalar(40.0), scalar(5.0)
+        loss = ntl_loss(scalar(1.0), restricted, distance, NTL())
+        assert loss.item() == pytest.approx(0.5)
+        assert [g.item() for g in torch.autograd.grad(loss, (restricted, distance))] == pytest.approx([0, -0.1])
+
+    def test_more_restricted_classes_than_the_head_has(self) -> None:
+        with pytest.raises(UserError, match="head and classes do not agree"):
+            NTL().check_classes(5, 6)
+
+
+class TestNTP:
+    def test_the_loss_by_hand(self) -> None:
+        """1 − 1·min(4, 3) + 10·0.2 = 0, and with half the strength 1 − ½·(3 − 2) = 0.5."""
+        spec = NTP(bound=3.0, gamma=10.0)
+        assert ntp_loss(scalar(1.0), scalar(4.0), scalar(0.2), spec).item() == pytest.approx(0.0)
+        assert ntp_loss(scalar(1.0), scalar(4.0), scalar(0.2), spec, 0.5).item() == pytest.approx(0.5)
+
+    def test_the_result_is_sparse_with_its_head_whole(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        model, history = protect(QUICK_NTP, clean_state, original, restricted, architecture, task, runtime)
+        head = architecture.head(model, 5)
+        weights = {n: model.get_parameter(n) for n in prunable(model, tuple(head))}
+        if history.released:
+            assert sparsity(weights) == pytest.approx(QUICK_NTP.sparsity, abs=0.01)
+        assert (model.get_parameter(f"{head[0]}.weight") != 0).all()
+        assert {"primal", "dual", "sparsity", "fisher"} <= history.checks[1].keys()
+        assert history.checks[-1]["iteration"] <= QUICK_NTP.iterations + QUICK_NTP.retrain
+
+    def test_it_stops_when_the_residual_is_small(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        spec = replace(QUICK_NTP, residual=1.0, retrain=2, iterations=50)
+        _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
+        assert history.checks[-1]["iteration"] == 3, "one of ADMM, two of retraining"
+
+    @pytest.mark.parametrize("change", [{"regulariser": "mmd"}, {"regulariser": "none"}, {"projection": "soft"}])
+    def test_its_variants(self, change, clean_state, original, restricted, architecture, task, runtime) -> None:
+        spec = replace(QUICK_NTP, **change, iterations=2, retrain=1, check_every=1)
+        _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
+        assert history.checks[-1]["iteration"] == 3
+        assert history.checks[-1]["sparsity"] > 0
+
+
+class TestUNSIR:
+    def test_the_noises_loss_by_hand(self, task) -> None:
+        """Uniform logits over 4 classes: −ln 4 + 0.1·mean(1 + 4, 9) = −ln 4 + 0.7."""
+        noise = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 0.0]]]])
+        loss = noise_loss(torch.zeros(2, 4), torch.tensor([1, 2]), noise, 0.1, task)
+        assert loss.item() == pytest.approx(-torch.log(torch.tensor(4.0)).item() + 0.7)
+
+    def test_stages_and_what_is_released(self, clean_state, original, restricted, architecture, task, runtime) -> None:
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        engine = QUICK_UNSIR.engine(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+        assert engine.plan == {"learn": 20, "noise": 5, "impair": 6, "repair": 40}  # (100 + 200)/50, 10·200/50
+        assert [engine.stage(i) for i in (1, 20, 21, 26, 32, 71)] == [
+            ("learn", 0),
+            ("learn", 19),
+            ("noise", 0),
+            ("impair", 0),
+            ("repair", 0),
+            ("repair", 39),
+        ]
+        assert [engine.phase(i) for i in (1, 26, 32)] == ["free", "free", "candidate"]
+        assert engine.labels.bincount().tolist() == [10] * 5, "every noise image has its own class's label"
+        before = engine.noise.images.detach().clone()
+        for i in range(1, engine.length + 1):
+            engine.iterate(i, 1.0)
+            if engine.stage(i) == ("learn", 19):
+                assert torch.equal(engine.noise.images, before)
+        assert not torch.equal(engine.noise.images, before)
+        joint = engine.joint.state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, joint[name][:5] if name.startswith(engine.heads) else joint[name])
+
+    def test_the_noise_makes_the_model_wrong(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        spec = replace(QUICK_UNSIR, noise_steps=20, noise_penalty=0.0)
+        engine = spec.engine(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+        losses = [next(iter(engine.iterate(i, 1.0).items())) for i in range(1, 41)]
+        noisy = [v for n, v in losses if n == "noise"]
+        assert noisy[-1] < noisy[0] - 1
+
+
+class TestSKD:
+    def test_the_loss_by_hand(self) -> None:
+        """Kept: (1 − 0)² + (2 − 2)²; pushed: (−99 + 100)² + (0 + 100)²; over 4 entries."""
+        student = torch.tensor([[1.0, 2.0], [-99.0, 0.0]])
+        teacher = torch.tensor([[0.0, 2.0]])
+        assert distillation_loss(student, teacher, -100.0).item() == pytest.approx((1 + 1 + 10000) / 4)
+        assert distillation_loss(student, teacher, -100.0, 0.5).item() == pytest.approx((1 + 0.5 * 10001) / 4)
+
+    def test_the_last_activation_and_what_feeds_it(self) -> None:
+        model = Architecture("small_conv", 8, 1, options={"width": 4, "norm": False, "hidden": 6}).build(3)
+        activation, before = last_activation(model, torch.zeros(1, 1, 8, 8))
+        assert isinstance(model.get_submodule(activation), nn.ReLU)
+        assert isinstance(model.get_submodule(before or ""), nn.Linear)
+        with pytest.raises(UserError, match="no activation module"):
+            last_activation(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(1, 1, 2, 2))
+
+    def test_an_activation_in_place_does_not_spoil_its_input(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
+        with Tap(model, "2") as tap:
+            model(torch.randn(50, 1, 1, 2))
+        assert (tap.value < 0).any()
+
+    def test_misses(self, task, runtime, restricted) -> None:
+        class Odd(nn.Module):
+            """Live on images whose mean is above that of all."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.head = nn.Linear(1, 2)
+                self.limit = 0.0
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(torch.relu(x.flatten(1).mean(1, keepdim=True) - self.limit))
+
+        model = Odd()
+        images = restricted.test.batch(torch.arange(len(restricted.test)), runtime)[0]
+        model.limit = images.flatten(1).mean(1).median().item()
+        expected = (images.flatten(1).mean(1) > model.limit).float().mean().item()
+        assert misses(model, restricted.test, "head", runtime) == pytest.approx(expected)
+
+    def test_restricted_images_lose_their_features(self, original, restricted, task, runtime, tmp_path) -> None:
+        from holdfast.finetuning import FineTuning
+        from holdfast.pretraining import pretrain
+
+        architecture = Architecture("small_conv", 8, 1, options={"width": 16, "norm": False, "hidden": 64})
+        tuning = FineTuning("scratch", optimiser="adam", lr=3e-3, batch_size=50, steps=150)
+        state = pretrain(architecture, original, tuning, task, runtime)
+        spec = replace(QUICK_SKD, target=-10.0, lr=3e-3, iterations=200, check_every=50)
+        model, history = protect(spec, state, original, restricted, architecture, task, runtime)
+        assert history.released == 200
+        assert history.checks[-1]["misses"] < 0.1
+        layer = prunable(model)[-2].removesuffix(".weight")
+        assert (model.get_submodule(layer).bias == 0).all()
+
+    def test_a_target_that_no_relu_cuts_off(self) -> None:
+        with pytest.raises(UserError, match="target must be negative"):
+            SKD(target=1.0)
+
+
+def quadratic(weights, batch):
+    """L = ½·Σ a·(w − b)², batch = (a, b)."""
+    return 0.5 * (batch[0] * (weights["w"] - batch[1]) ** 2).sum()
+
+
+class TestReverseMAML:
+    SUPPORT = (torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0]))
+    QUERY = (torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
+    W = torch.tensor([2.0, 4.0])
+
+    def test_one_step_of_adaptation(self) -> None:
+        """w′ = w − 0.1·a(w − b) = (2 − 0.2, 4 − 0.4)."""
+        after = adapt({"w": self.W}, self.SUPPORT, quadratic, 0.1, 1)
+        assert after["w"].tolist() == pytest.approx([1.8, 3.6])
+
+    def test_gradients_by_hand(self) -> None:
+        """∂L_q/∂w′ = a_q(w′ − b_q) = (1.8, 7.8); dw′/dw = 1 − 0.1·a_s = (0.8, 0.9)."""
+        for order, expected in (("first", [1.8, 7.8]), ("second", [1.44, 7.02]), ("reptile", [2.0, 4.0])):
+            found, loss = meta_gradient({"w": self.W}, self.SUPPORT, self.QUERY, quadratic, 0.1, 1, order)
+            assert found["w"].tolist() == pytest.approx(expected), order
+            assert loss.item() == pytest.approx(0.5 * 1.8**2 + 1.5 * 2.6**2)
+
+    def test_second_order_against_finite_differences(self) -> None:
+        """Three inner steps through a small network in float64."""
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        batches = [(torch.randn(5, 3).double(), torch.randint(2, (5,))) for _ in range(2)]
+
+        def loss(weights, batch):
+            outputs = torch.func.functional_call(net, weights, (batch[0],))
+            return nn.functional.cross_entropy(outputs, batch[1])
+
+        weights = {n: p.detach() for n, p in net.named_parameters()}
+        found, _ = meta_gradient(weights, *batches, loss, 0.5, 3, "second")
+        for name in weights:
+            moved = []
+            for sign in (1, -1):
+                changed = {n: w.clone() for n, w in weights.items()}
+                changed[name].view(-1)[0] += sign * 1e-5
+                moved.append(loss(adapt(changed, batches[0], loss, 0.5, 3), batches[1]).item())
+            assert found[name].view(-1)[0].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-5, abs=1e-8)
+
+    def test_episodes(self, restricted) -> None:
+        rng = torch.Generator().manual_seed(0)
+        support, query = episode(restricted.train, 3, 4, 6, rng)
+        labels = restricted.train.labels
+        assert sorted(labels[support].bincount()[labels[support].unique()].tolist()) == [4, 4, 4]
+        assert sorted(labels[query].bincount()[labels[query].unique()].tolist()) == [6, 6, 6]
+        assert not set(support.tolist()) & set(query.tolist())
+        assert set(labels[support].tolist()) == set(labels[query].tolist())
+
+    @pytest.mark.parametrize("order", ["second", "first", "reptile"])
+    def test_every_order_and_episodes_of_few_classes(
+        self, order, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        spec = replace(QUICK_MAML, order=order, ways=3, iterations=2, check_every=1)
+        _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
+        assert {"original task", "restricted task", "anchor"} <= history.checks[-1].keys()
+
+    def test_more_ways_than_classes(self) -> None:
+        with pytest.raises(UserError, match="ways = 6"):
+            ReverseMAML(ways=6).check_classes(5, 10)
+
+
+@pytest.mark.parametrize(
+    ("defence", "bad"),
+    [
+        (NTL, {"lr": 0}),
+        (NTL, {"loss_bound": -1}),
+        (NTP, {"sparsity": 1.0}),
+        (NTP, {"projection": "hard"}),
+        (NTP, {"budget": "block"}),
+        (NTP, {"regulariser": "fischer"}),
+        (SKD, {"student": "new"}),
+        (SKD, {"lr": 2}),
+        (UNSIR, {"repair_epochs": 0}),
+        (UNSIR, {"noise_penalty": -1}),
+        (ReverseMAML, {"order": "third"}),
+        (ReverseMAML, {"ways": 1}),
+        (ReverseMAML, {"clip": 0}),
+    ],
+)
+def test_values_out_of_range(defence, bad) -> None:
+    with pytest.raises(UserError):
+        defence(**bad)

@@ -1,0 +1,77 @@
+"""Fisher ratio and MMD: values by hand, invariances, gradients against finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from holdfast.errors import UserError
+from holdfast.separation import fisher_ratio, mmd
+
+
+class TestFisherRatio:
+    def test_by_hand(self) -> None:
+        """Unit vectors at 0° and 90° (class 0), at 180° twice (class 1).
+
+        μ0 = (½, ½), μ1 = (−1, 0), μ = (−¼, ¼). S_B = 2·(9/16 + 1/16) + 2·(9/16 + 1/16) = 5/2;
+        S_W = ½ + ½ + 0 + 0 = 1.
+        """
+        features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [-1.0, 0.0]])
+        assert fisher_ratio(features, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(2.5)
+
+    def test_lengths_do_not_count_and_neither_do_names(self) -> None:
+        features = torch.randn(12, 5)
+        labels = torch.arange(12) % 3
+        value = fisher_ratio(features, labels)
+        assert torch.allclose(fisher_ratio(features * torch.rand(12, 1).add(0.1), labels), value, rtol=1e-4)
+        assert torch.allclose(fisher_ratio(features, labels * 7 + 2), value)
+        assert torch.allclose(fisher_ratio(features.reshape(12, 5, 1, 1), labels), value)
+
+    def test_zero_where_classes_share_their_mean_and_where_all_is_zero(self) -> None:
+        pair = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        assert fisher_ratio(pair.repeat(2, 1), torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0, abs=1e-6)
+        assert fisher_ratio(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).item() == 0
+
+    def test_gradient(self) -> None:
+        features = torch.randn(6, 3, requires_grad=True)
+        labels = torch.tensor([0, 0, 1, 1, 2, 2])
+        (gradient,) = torch.autograd.grad(fisher_ratio(features, labels), features)
+        step = 1e-2
+        for i, j in ((0, 0), (3, 2), (5, 1)):
+            moved = [features.detach().clone() for _ in range(2)]
+            moved[0][i, j] += step
+            moved[1][i, j] -= step
+            expected = (fisher_ratio(moved[0], labels) - fisher_ratio(moved[1], labels)) / (2 * step)
+            assert gradient[i, j].item() == pytest.approx(expected.item(), rel=2e-2, abs=1e-3)
+
+
+class TestMMD:
+    def test_by_hand(self) -> None:
+        """One point each, at distance 2: the squared distances are 0, 4, 4, 0, so b̄ = 8/(4 − 2) = 4; with one kernel
+        MMD² = 1 + 1 − 2·exp(−4/4)."""
+        value = mmd(torch.tensor([[0.0]]), torch.tensor([[2.0]]), kernels=1)
+        assert value.item() == pytest.approx(2 - 2 * math.exp(-1), abs=1e-6)
+
+    def test_five_kernels_by_hand(self) -> None:
+        """The same points: the widths are 1, 2, 4, 8, 16."""
+        value = mmd(torch.tensor([[0.0]]), torch.tensor([[2.0]]))
+        expected = sum(2 - 2 * math.exp(-4 / w) for w in (1, 2, 4, 8, 16))
+        assert value.item() == pytest.approx(expected, abs=1e-5)
+
+    def test_equal_samples_and_unequal_sizes(self) -> None:
+        sample = torch.randn(7, 3)
+        assert mmd(sample, sample).item() == pytest.approx(0, abs=1e-6)
+        assert mmd(sample, torch.randn(4, 3) + 5).item() > 1
+
+    def test_gradient_pushes_apart(self) -> None:
+        first, second = torch.randn(5, 2), torch.randn(5, 2, requires_grad=True)
+        (gradient,) = torch.autograd.grad(mmd(first, second), second)
+        assert mmd(first, second + 0.1 * gradient).item() > mmd(first, second).item()
+
+    def test_bad_values(self) -> None:
+        with pytest.raises(UserError, match="kernels ≥ 1"):
+            mmd(torch.zeros(2, 2), torch.zeros(2, 2), kernels=0)
+        with pytest.raises(UserError, match="shape"):
+            mmd(torch.zeros(2), torch.zeros(2))
