@@ -70,7 +70,7 @@ class TestBatteries:
         assert any(t.schedule == "cosine" and t.warmup for t in tunings)
         assert max(a.budget for a in battery("standard").attacks) == 4
 
-    @pytest.mark.parametrize("name", BATTERIES)
+    @pytest.mark.parametrize("name", sorted(BATTERIES.keys() - {"own"}))
     def test_every_attack_says_what_it_needs_and_costs(self, name: str) -> None:
         attacks = battery(name).within(100)
         assert len({a.name for a in attacks}) == len(attacks)

@@ -124,6 +124,18 @@ class TestMeasures:
         assert slc["auc"]["clean"]["mean"] == pytest.approx(2.302585 * (0.6 + 0.3) / 2, abs=1e-5)
         assert slc["auc"]["protected"]["interval"] == pytest.approx([2.302585 * 0.15] * 2, abs=1e-4)
 
+    def test_slc_auc_of_a_second_attack_stands_beside(self) -> None:
+        ends = {"protected": (0.1, 0.1, 0.7), "clean": (0.1, 0.1, 0.9), "scratch": (0.1, 0.1, 0.6)}
+        kept = FineTuning.named("initFC+all", keep_zeros=True)
+        rows = []
+        for name, images in (("all", 100), ("half", 50), ("tenth", 10), ("masked", 100), ("masked tenth", 10)):
+            rows += [replace(r, images=images) for r in records(3, {name: ends}) if r.attack == name or not rows]
+        facts = {"all": about(ADAM), "half": about(ADAM, fraction=0.5), "tenth": about(ADAM, fraction=0.1)}
+        facts |= {"masked": about(kept), "masked tenth": about(kept, fraction=0.1)}
+        found = summarise(rows, 0.1, COST, (), {"attacks": facts})["restricted"]
+        assert (found["slc"]["attack"], found["slc"]["images"]) == ("all", [10, 50, 100])
+        assert [(s["attack"], s["images"]) for s in found["slc_others"]] == [("masked", [10, 100])]
+
     def test_cost_in_samples_and_flops_counts_what_edits_spent(self) -> None:
         """Steps 0, 10, 20 of 5 images: protected reaches 0.48 at 9.5 of its steps, scratch at 19."""
         ends = {"protected": (0.1, 0.5, 0.8), "clean": (0.1, 0.8, 0.9), "scratch": (0.1, 0.3, 0.5)}

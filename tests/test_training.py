@@ -217,3 +217,21 @@ class TestRunFrom:
         broken["14.bias"][:] = math.nan
         found = self.noted(FineTuning(steps=8, batch_size=20), broken, original, architecture, task, runtime)
         assert found == [(0, "running"), (2, "diverged"), (4, "diverged"), (8, "diverged")]
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "momentum", "sam"])
+def test_a_kept_mask(optimiser, architecture, clean_state, restricted, task, runtime) -> None:
+    """Weights at exactly zero stay there with `keep_zeros`, and take part without it; biases at zero always do."""
+    state = {n: v.clone() for n, v in clean_state.items()}
+    weight = next(n for n, v in state.items() if v.ndim == 4)
+    state[weight][:, :, 0] = 0
+    for kept in (True, False):
+        tuning = FineTuning("head", optimiser=optimiser, lr=1e-2, batch_size=20, steps=3, keep_zeros=kept)
+        model = architecture.build(5)
+        tuning.initialise_from(model, state, architecture, 5, 0)
+        tuning.run(model, restricted.train, task, architecture, 5, runtime=runtime, seed=0)
+        after = model.state_dict()[weight]
+        assert bool((after[:, :, 0] == 0).all()) == kept
+        assert not torch.equal(after[:, :, 1:], state[weight][:, :, 1:])
+    assert not tuning.control().keep_zeros
+    assert not FineTuning(keep_zeros=True).control().keep_zeros

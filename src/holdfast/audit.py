@@ -60,6 +60,7 @@ class AuditSpec:
                 f"attack '{attack.name}': give either its tuning's steps or a budget",
             )
         names = [a.name for a in self.all_attacks()]
+        require(bool(names), "the battery 'own' has no attacks but the recipe's; give audit.attacks")
         require(len(set(names)) == len(names), f"two attacks have the same name: {', '.join(sorted(names))}")
 
     def all_attacks(self) -> tuple[Attack, ...]:

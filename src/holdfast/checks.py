@@ -45,6 +45,7 @@ class Evidence:
     left_out: Mapping[str, str]
     ahead: float  # of clean before scratch, along the envelope of their best attacks
     foreign: bool = False  # somebody else's defence, of which nothing is known
+    battery: str = ""
 
     @property
     def seeds(self) -> int:
@@ -64,6 +65,7 @@ def run_checks(seen: Evidence) -> list[Check]:
         _intactness(seen),
         _unseen(seen),
         _whole(seen),
+        _battery(seen),
     ]
 
 
@@ -195,3 +197,9 @@ def _whole(seen: Evidence) -> Check:
     missing = [n for n, why in seen.left_out.items() if "pip install" in why]
     said = "; ".join(f"{n} ({why})" for n, why in seen.left_out.items())
     return Check("nothing was left out for want of a library", not missing, f"not run: {said}" if said else "all ran")
+
+
+def _battery(seen: Evidence) -> Check:
+    own = seen.battery.startswith("own-")
+    said = "the recipe's own attacks alone: no battery" if own else seen.battery or "not known"
+    return Check("the attacks are a battery's", not own, said)

@@ -17,7 +17,7 @@ from holdfast.domains import ImageData
 from holdfast.errors import UserError, require, unknown
 from holdfast.layers import initialise_head, last_layers, owned_tensors
 from holdfast.models import Architecture, State, load_state
-from holdfast.optimisers import OPTIMISERS, Parameters
+from holdfast.optimisers import OPTIMISERS, Parameters, keep_zeros
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
@@ -38,6 +38,7 @@ class FineTuning:
       are the pre-trained ones); or `lora`: low-rank adapters of rank `rank` on every other layer, and the head
     - `schedule`: `constant` or `cosine` (to zero), after `warmup` steps of linear rise
     - `augment`: `none`, `shift`, `shift+flip`; `mixup`: the α of mixup's Beta distribution, 0 for none
+    - `keep_zeros`: weights that are exactly zero at the start stay so, as by one who respects a pruning mask
 
     The defaults are SOPHON's default attack (§5.1.1): momentum 0.9, lr 1e-4, batch 200, weight decay 1e-4.
     """
@@ -55,6 +56,7 @@ class FineTuning:
     rank: int = 8
     augment: str = "none"
     mixup: float = 0.0
+    keep_zeros: bool = False
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class FineTuning:
         some points, and must not count for the released body.
         """
         start: Initialise = "head" if self.initialise == "head" else "keep"
-        return replace(self, initialise=start, train="all", k=1, rank=8)
+        return replace(self, initialise=start, train="all", k=1, rank=8, keep_zeros=False)
 
     def fresh_layers(self, model: nn.Module, architecture: Architecture, classes: int) -> list[str]:
         """Names of the modules that this strategy re-initialises (none for `keep`, and for `scratch`, which takes
@@ -191,6 +193,8 @@ class FineTuning:
         with seeded(seed, "run"):
             parameters = self.choose_parameters(model, architecture, classes)
             optimiser = self.build_optimiser(parameters)
+            if self.keep_zeros:
+                keep_zeros(optimiser, parameters)
             return fit(
                 model,
                 batches,

@@ -41,6 +41,20 @@ class SAM(torch.optim.SGD):
         super().step()
 
 
+def keep_zeros(optimiser: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """After every step of `optimiser`, set to zero what is exactly zero now in weights of two dimensions or more
+    (a pruning mask; a bias at zero is none)."""
+    masks = [(p, p.detach() != 0) for p in parameters if p.ndim > 1]
+    masks = [(p, kept) for p, kept in masks if not kept.all()]
+
+    @torch.no_grad()
+    def enforce(*_: Any) -> None:
+        for parameter, kept in masks:
+            parameter.mul_(kept)
+
+    optimiser.register_step_post_hook(enforce)
+
+
 def passes(optimiser: str) -> int:
     """Forward and backward passes that one step of an optimiser makes."""
     return 2 if optimiser == "sam" else 1

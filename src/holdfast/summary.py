@@ -43,6 +43,7 @@ def summarise(
     # The strongest first: by what it gives the one who holds the protected weights.
     order = sorted(test, key=lambda m: -mean(m.final("protected")))
     order.insert(0, order.pop(order.index(worst.protected)))
+    series = slc(test, about)
     attacks = [_attack_entry(m, chance, about.get(m.name, {})) for m in order]
     intact = intactness(records)
     left_out = facts.get("left_out", {})
@@ -58,6 +59,7 @@ def summarise(
             left_out if isinstance(left_out, Mapping) else dict.fromkeys(left_out, "other number of classes"),
             worst.along("clean") - worst.along("scratch"),
             bool(facts.get("foreign")),
+            str(facts.get("battery", "")),
         )
     )
     return {
@@ -70,7 +72,8 @@ def summarise(
             "worst": worst.protected.name,
             "worst_case": _worst_entry(worst),
             "undone": undone(test, about),
-            "slc": slc(test, about),
+            "slc": series[0] if series else None,
+            "slc_others": series[1:],
             "attacks": attacks,
         },
         "benign": benign(records, (facts.get("benign") or {}).get("chance")),
@@ -204,18 +207,19 @@ def _twins(edited: Mapping[str, Any] | None, plain: Mapping[str, Any] | None) ->
     return all(edited[n] == plain[n] for n in same)
 
 
-def slc(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def slc(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """SLC-AUC: accuracy over ln of the fraction of the adversary's data, area between a model and scratch, with the
-    t-interval over seeds. Of the attack that was run with the most fractions; None where there is none."""
+    t-interval over seeds. One entry for every attack that was run with several fractions, that with the most first."""
     series: dict[str, dict[int, Measured]] = {}
     for m in test:
         known = about.get(m.name)
         if known:
             series.setdefault(str((known["tuning"], known["edits"], known["searched"])), {})[m.images] = m
-    best = max(series.values(), key=len, default={})
-    if len(best) < 2:
-        return None
-    ordered = [best[images] for images in sorted(best)]
+    several = [s for s in series.values() if len(s) > 1]
+    return [_slc([s[images] for images in sorted(s)]) for s in sorted(several, key=len, reverse=True)]
+
+
+def _slc(ordered: Sequence[Measured]) -> dict[str, Any]:
     fractions = [m.images / ordered[-1].images for m in ordered]
 
     def areas(model: str) -> list[float]:

@@ -179,10 +179,14 @@ _INFORMED = (
     _edited("everything undone", FoldBatchNorm(), Rebalance(), LeakyActivations(), ShiftBiases(), informed=True),
 )
 
+# For recipes that repeat somebody's own evaluation. Whatever it says, no claim rests on it: see `checks`.
+OWN = Battery("own", 1, "none but the recipe's own attacks", ())
+
 BATTERIES: Mapping[str, Battery] = MappingProxyType(
     {
         b.name: b
         for b in (
+            OWN,
             Battery("paper-default", 1, "the three strategies of SOPHON's Table 1 at its default attack", _TABLE_1),
             Battery(
                 "paper",

@@ -72,10 +72,15 @@ def _draw_curves(axes: Axes, attack: Mapping[str, Any], chance: float, metric: s
     axes.grid(alpha=0.25)
 
 
+COMMON = ("iteration", "original", "restricted", "strength", "rolled_back")  # in every defence's checks
+
+
 def protection_curves(checks: Sequence[Mapping[str, float]], floor: float | None) -> bytes:
-    """What happened while the model was protected: original and restricted metric at every check, and breaches."""
-    figure = Figure(figsize=(5.2, 3.7), layout="constrained")
-    axes = figure.subplots()
+    """What happened while the model was protected: original and restricted metric at every check, and breaches; beside
+    them whatever else the defence noted (losses, residuals, sparsity)."""
+    others = [n for n in dict.fromkeys(k for c in checks for k in c) if n not in COMMON]
+    figure = Figure(figsize=(9.4 if others else 5.2, 3.7), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
     for key, colour, label in (
         ("original", "#009E73", "original (validation)"),
         ("restricted", "#0072B2", "restricted, after a probing fine-tuning"),
@@ -93,6 +98,13 @@ def protection_curves(checks: Sequence[Mapping[str, float]], floor: float | None
     axes.set_ylabel("metric (%)")
     axes.legend(loc="best", fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
+    for other in beside:
+        for name in others:
+            other.plot(*zip(*((c["iteration"], c[name]) for c in checks if name in c), strict=True), label=name)
+        other.set_yscale("symlog", linthresh=1e-2)
+        other.set_xlabel("iteration")
+        other.legend(loc="best", fontsize=8, frameon=False)
+        other.grid(alpha=0.25)
     return png(figure)
 
 
