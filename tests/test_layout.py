@@ -56,6 +56,7 @@ ORDER = [
     "search",
     "workers",
     "audit",
+    "controls",
     "measured",
     "checks",
     "summary",
@@ -69,6 +70,8 @@ ORDER = [
     "inputs",
     "listing",
     "pipeline",
+    "comparison",
+    "report.compare",
     "cli",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `holdfast run | pretrain | protect | audit | report | demo | list`."""
+"""The command line: `holdfast run | pretrain | protect | audit | report | compare | demo | list`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from holdfast.bundle import is_bundle, load_bundle
+from holdfast.comparison import plan_comparison, run_comparison
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
@@ -224,6 +225,32 @@ def report(
         _headlines(write_report(out), out)
 
 
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    out: Out,
+    presets: Annotated[
+        str | None, typer.Option("--presets", metavar="A,B,…", help="Which of the recipe's presets. Default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Protections of each, with recipe seeds 0 … n − 1.")] = 1,
+    attack: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The attack with a column and a figure of its own.")
+    ] = None,
+    changes: Set = None,
+    resume: Resume = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run several presets of a recipe, each a defence, on one clean model; put them into one table."""
+    from holdfast.report.compare import as_markdown, write_comparison
+
+    chosen = [p.strip() for p in presets.split(",")] if presets else []
+    plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
+    found = run_comparison(plans, resume, Reporter(quiet))
+    typer.echo("\n" + as_markdown(write_comparison(out, found, attack)) + f"\n{(out / 'comparison.md').resolve()}")
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(LISTS))],
@@ -242,27 +269,9 @@ def list_(
 
 
 def _headlines(summary: dict[str, Any], out: Path) -> None:
-    """The path of the report and its three headline figures."""
-    from holdfast.report.words import cost, percent
+    from holdfast.report.words import headlines
 
-    restricted, intact = summary["restricted"], summary["intactness"]
-    worst, lead = restricted["worst_case"], restricted["attacks"][0]
-    failing = [c["name"] for c in summary["checks"] if not c["passed"]]
-    kept = (
-        f"{intact['ratio']:.3f} ({percent(intact['before'])} → {percent(intact['after'])})"
-        if intact
-        else "not measured"
-    )
-    lines = [
-        "",
-        f"verdict      {summary['verdict']}" + (f"   (checks that fail: {', '.join(failing)})" if failing else ""),
-        f"intactness   {kept}",
-        f"worst case   protected {percent(worst['protected']['final'])}, clean {percent(worst['clean']['final'])}, "
-        f"from scratch {percent(worst['scratch']['final'])}, each at its best; protected under {restricted['worst']}",
-        f"cost ratio   {cost(lead)}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
-        f"report       {(out / 'report.html').resolve()}",
-    ]
-    typer.echo("\n".join(lines))
+    typer.echo("\n".join(["", *headlines(summary), f"report       {(out / 'report.html').resolve()}"]))
 
 
 def main() -> None:

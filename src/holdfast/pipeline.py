@@ -24,6 +24,7 @@ from holdfast.audit import (
     run_searches,
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
+from holdfast.controls import adopt_cells, adopt_searches, check_controls
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
@@ -43,13 +44,15 @@ from holdfast.workers import released
 class Run:
     """One recipe at work in one folder. Stages are methods; each leaves its files whole or not at all.
 
-    `resume`: continue stages that have begun; without it, a stage that has files is refused.
+    `resume`: continue stages that have begun; without it, a stage that has files is refused. `controls`: the folder of
+    another run on the same data and clean weights, whose clean and from-scratch results are taken over.
     """
 
     inputs: Inputs
     out: Path
     resume: bool = False
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
+    controls: Path | None = None
 
     @property
     def bundle_folder(self) -> Path:
@@ -172,7 +175,10 @@ class Run:
         states = {"protected": protected.state, "clean": clean.state}
         bench = given.bench(states)
         attacks, left_out = applicable(given.recipe.audit.all_attacks(), bench)
-        where = self._provenance(given.facts(attacks, left_out))
+        facts = self._facts(given.facts(attacks, left_out))
+        if self.controls:
+            check_controls(self.controls, given.recipe.as_dict(), facts)
+        where = self._provenance(facts)
         bench = replace(bench, provenance=where)
         for name, why in left_out.items():
             self.reporter.say(f"left out: {name} ({why})")
@@ -184,23 +190,32 @@ class Run:
         workers = (self.reporter, given.recipe.runtime.jobs, given.recipe.runtime.ray)
         seeds = given.recipe.audit.seeds
         with released():
-            chosen = run_searches(plan_searches(attacks), bench, files.searches, *workers)
+            searches = plan_searches(attacks)
+            taken = adopt_searches(self.controls, files, searches, where) if self.controls else 0
+            chosen = run_searches(searches, bench, files.searches, *workers)
             cells = plan_cells(attacks, seeds, chosen, self._simulates())
             cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
+            taken += adopt_cells(self.controls, files, cells, where) if self.controls else 0
+            if taken:
+                self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
             run_audit(cells, bench, file, *workers)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:
         return (lambda _: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates
 
-    def _provenance(self, about: Mapping[str, Any]) -> str:
-        """Write what the records rest on to `provenance.json`, `about` with hashes; return its name."""
+    def _facts(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """What the records rest on: `about`, with versions, hardware and hashes."""
         given = self.inputs
         weights = {
             name: load_bundle(folder, given.architecture).details["weights_sha256"]
             for name, folder in (("clean", self.clean_folder), ("protected", self.bundle_folder))
         }
-        facts = provenance(given.runtime, {**about, "weights_sha256": weights})
+        return provenance(given.runtime, {**about, "weights_sha256": weights})
+
+    def _provenance(self, facts: dict[str, Any]) -> str:
+        """Write the facts to `provenance.json`; return their name there."""
+        given = self.inputs
         name = fingerprint(facts)
         path = self.out / "provenance.json"
         known = read_json(path) if path.exists() else {}

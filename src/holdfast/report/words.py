@@ -39,6 +39,25 @@ def cost(attack: dict[str, Any]) -> str:
     return ratio(attack["cost_ratio"]) if attack["scratch_learns"] else "scratch does not learn"
 
 
+def headlines(summary: dict[str, Any]) -> list[str]:
+    """Verdict and headline figures, for a terminal."""
+    restricted, intact = summary["restricted"], summary["intactness"]
+    worst, lead = restricted["worst_case"], restricted["attacks"][0]
+    failing = [c["name"] for c in summary["checks"] if not c["passed"]]
+    kept = (
+        f"{intact['ratio']:.3f} ({percent(intact['before'])} → {percent(intact['after'])})"
+        if intact
+        else "not measured"
+    )
+    return [
+        f"verdict      {summary['verdict']}" + (f"   (checks that fail: {', '.join(failing)})" if failing else ""),
+        f"intactness   {kept}",
+        f"worst case   protected {percent(worst['protected']['final'])}, clean {percent(worst['clean']['final'])}, "
+        f"from scratch {percent(worst['scratch']['final'])}, each at its best; protected under {restricted['worst']}",
+        f"cost ratio   {cost(lead)}   (steps to reach from-scratch accuracy ÷ from scratch's own)",
+    ]
+
+
 def conclusion(summary: dict[str, Any]) -> list[str]:
     """What the audit found, one sentence a finding: the worst case, the default attack, stronger attacks."""
     restricted = summary["restricted"]

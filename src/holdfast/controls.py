@@ -1,0 +1,80 @@
+"""Controls of another run: what the clean and the from-scratch models reached on the same data under the same attacks.
+
+Defences are compared on one clean model; its cells, and those from scratch, are then the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.audit import AuditFiles
+from holdfast.cells import CellSpec
+from holdfast.errors import UserError, require
+from holdfast.files import read_json
+
+CONTROLS = ("clean", "scratch")
+SECTIONS = ("model", "original", "restricted", "benign", "seed", "audit")  # of the recipe
+FACTS = ("python", "versions", "revision", "hardware", "audit_seeds", "battery")  # of provenance
+
+
+def check_controls(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """`UserError` where the run in `folder` was not made as this one is: other data, clean weights, audit, versions or
+    hardware."""
+    for name in ("run.json", "provenance.json"):
+        require((folder / name).is_file(), f"controls: {folder} holds no audited run (no {name})")
+    theirs = read_json(folder / "run.json")["recipe"]
+    known = read_json(folder / "provenance.json")
+    require(bool(known), f"controls: {folder} holds no audited run")
+    entry = next(reversed(known.values()))
+    own = json.loads(json.dumps(recipe))  # tuples as the lists that a file holds
+    wrong = [n for n in SECTIONS if theirs.get(n) != own.get(n)]
+    wrong += [n for n in FACTS if entry.get(n) != facts.get(n)]
+    ours, other = facts["content_sha256"], entry["content_sha256"]
+    wrong += [n for n in ours.keys() & other.keys() - {"weights", "protected"} if ours[n] != other[n]]
+    if entry["weights_sha256"]["clean"] != facts["weights_sha256"]["clean"]:
+        wrong.append("clean weights")
+    if wrong:
+        raise UserError(
+            f"controls: the run in {folder} differs from this one in {', '.join(sorted(wrong))}; its clean and "
+            "from-scratch results say nothing here"
+        )
+
+
+def adopt_searches(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
+    """Copy the controls' searches that `specs` ask for and `files` lack; how many."""
+    done = {(s.model, n) for s in files.searches.read() for n in s.attacks}
+    found = []
+    for spec in (s for s in specs if s.model in CONTROLS):
+        for search in AuditFiles(folder).searches.read():
+            same = search.model == spec.model and set(spec.names) <= set(search.attacks)
+            if same and not all((spec.model, n) in done for n in spec.names):
+                found.append(replace(search, attacks=list(spec.names), provenance=provenance))
+                break
+    if found:
+        files.searches.append(found)
+    return len(found)
+
+
+def adopt_cells(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
+    """Copy the controls' records that `specs` ask for and `files` lack, found by the same settings; how many cells."""
+    done = files.records.recover()
+    wanted = {
+        (s.model, name, s.seed): (flag, s.setting)
+        for s in specs
+        if s.model in CONTROLS
+        for name, flag in zip(s.names, s.simulated, strict=True)
+        if (s.model, name, s.seed) not in done
+    }
+    found = []
+    for record in AuditFiles(folder).records.read():
+        flag, setting = wanted.get((record.model, record.attack, record.seed), (None, None))
+        if flag is not None and record.setting == setting:
+            found.append(replace(record, simulated=flag, provenance=provenance))
+    if found:
+        files.records.append(found)
+        files.records.recover()  # of a run that is still at work, whole cells alone
+    return len({(r.model, r.attack, r.seed) for r in found})

@@ -1,0 +1,163 @@
+"""The page of a comparison: one row a defence, the beneficial accuracy, the malicious curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from holdfast.errors import require
+from holdfast.files import write_atomic, write_json
+from holdfast.report.figures import png
+from holdfast.report.words import percent
+from holdfast.statistics import deviation, mean
+
+Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
+
+
+def write_comparison(out: Path, found: Summaries, attack: str | None = None) -> dict[str, Any]:
+    """Write `comparison.json`, `comparison.md` and two figures into `out`; return the JSON's contents.
+
+    `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule; default: the first
+    attack that was planned. Values are means over protection seeds of means over audit seeds; ± is the sample
+    deviation over protection seeds (over audit seeds where there is one protection).
+    """
+    first = next(iter(found.values()))[0]
+    names = [a["name"] for a in first["restricted"]["attacks"]]
+    shown = attack or min(names, key=len)
+    require(shown in names, f"no attack '{shown}' in this comparison; valid: {', '.join(names)}")
+    rows = {name: _row(summaries, shown) for name, summaries in found.items()}
+    result = {
+        "attack": shown,
+        "seeds": len(next(iter(found.values()))),
+        "rows": rows,
+        "controls": _controls(found, shown),
+    }
+    write_json(out / "comparison.json", result)
+    write_atomic(out / "figures" / "beneficial.png", _beneficial(rows))
+    write_atomic(out / "figures" / "malicious.png", _malicious(found, shown))
+    write_atomic(out / "comparison.md", as_markdown(result))
+    return result
+
+
+def _entry(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(a for a in summary["restricted"]["attacks"] if a["name"] == name)
+    return found
+
+
+def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
+    worst = [s["restricted"]["worst_case"]["protected"] for s in summaries]
+    ends = [_entry(s, attack) for s in summaries]
+    slc = [s["restricted"]["slc"] for s in summaries if s["restricted"]["slc"]]
+    benign = [s["benign"]["difference"] for s in summaries if s["benign"]]
+    return {
+        "before": _spread([s["intactness"]["before"] for s in summaries]),
+        "after": _spread([s["intactness"]["after"] for s in summaries]),
+        "attack": _spread([a["protected"][-1] for a in ends], ends[0]["deviation"]["protected"][-1]),
+        "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
+        "worst_attacks": sorted({w["attack"] for w in worst}),
+        "along": _spread([w["along_the_way"] for w in worst]),
+        "slc_auc": _spread([s["auc"]["protected"]["mean"] for s in slc]) if slc else None,
+        "benign": _spread(benign) if benign else None,
+        "verdicts": [s["verdict"] for s in summaries],
+        "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
+        "memory_mb": max(s["cost"]["peak_memory_mb"] or 0.0 for s in summaries),
+    }
+
+
+def _spread(values: Sequence[float], within: float = 0.0) -> list[float]:
+    """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
+    return [mean(values), deviation(values) if len(values) > 1 else within]
+
+
+def _controls(found: Summaries, attack: str) -> dict[str, Any]:
+    """What clean and scratch reach: the same in every run of a seed."""
+    summaries = next(iter(found.values()))
+    controls = {}
+    for model in ("clean", "scratch"):
+        worst = [s["restricted"]["worst_case"][model] for s in summaries]
+        ends = [_entry(s, attack) for s in summaries]
+        controls[model] = {
+            "attack": _spread([a[model][-1] for a in ends], ends[0]["deviation"][model][-1]),
+            "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
+            "along": _spread([w["along_the_way"] for w in worst]),
+        }
+    return controls
+
+
+def _points(value: Sequence[float] | None, sign: str = "") -> str:
+    return "–" if value is None else f"{100 * value[0]:{sign}.1f} ± {100 * value[1]:.1f}"
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The table: one row a defence, then the controls."""
+    lines = [
+        f"Restricted metric in %, {result['seeds']} protection seeds, under `{result['attack']}` and in the worst "
+        "case.",
+        "",
+        f"| defence | original before → after | {result['attack']} | worst case (attack) | along the way | SLC-AUC | "
+        "third domain, − clean | verdict | protect s | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        slc = "–" if row["slc_auc"] is None else f"{row['slc_auc'][0]:+.2f}"
+        verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
+        lines.append(
+            f"| {name} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "
+            f"{_points(row['worst'])} ({'; '.join(row['worst_attacks'])}) | {_points(row['along'])} | {slc} | "
+            f"{_points(row['benign'], '+')} | {verdicts} | {row['seconds']:.0f} | {row['memory_mb']:.0f} |"
+        )
+    for name, row in result["controls"].items():
+        lines.append(
+            f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | | | | | |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _beneficial(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Accuracy on original test data of every defence, as in Figure 1 of "Transfer Resistant Model Training"."""
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(
+        list(rows),
+        [100 * r["after"][0] for r in rows.values()],
+        yerr=[100 * r["after"][1] for r in rows.values()],
+        color=COLOURS[: len(rows)],
+        capsize=3,
+    )
+    before = mean([r["before"][0] for r in rows.values()])
+    axes.axhline(100 * before, color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
+    axes.set_ylabel("original metric (%)")
+    axes.legend(fontsize=8, frameon=False)
+    return png(figure)
+
+
+def _malicious(found: Summaries, attack: str) -> bytes:
+    """Restricted accuracy over the steps of one attack, as in Figure 2 there; bands: one deviation over protections."""
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.subplots()
+    curves = {name: [_entry(s, attack) for s in summaries] for name, summaries in found.items()}
+    lines = [
+        (name, [e["protected"] for e in own], c, "-") for (name, own), c in zip(curves.items(), COLOURS, strict=False)
+    ]
+    own = next(iter(curves.values()))
+    lines += [
+        ("clean", [e["clean"] for e in own], "#555555", "--"),
+        ("scratch", [e["scratch"] for e in own], "#999999", ":"),
+    ]
+    steps = own[0]["steps"]
+    for name, values, colour, style in lines:
+        middle = [100 * mean(column) for column in zip(*values, strict=True)]
+        width = [100 * deviation(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
+        axes.plot(steps, middle, style, color=colour, label=name, linewidth=1.6)
+        low, high = ([m + s * w for m, w in zip(middle, width, strict=True)] for s in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("attacker's steps")
+    axes.set_ylabel("restricted metric (%)")
+    axes.set_title(attack, fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(alpha=0.25)
+    return png(figure)

@@ -1,0 +1,158 @@
+"""Several defences in one table: one clean model, controls measured once, figures that are the runs' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from holdfast.comparison import plan_comparison, presets_of, run_comparison
+from holdfast.errors import UserError
+from holdfast.inputs import Inputs
+from holdfast.pipeline import Run
+from holdfast.recipes import load_recipe
+from holdfast.report.compare import as_markdown, write_comparison
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny recipe with two presets."""
+    recipe: dict[str, Any] = {
+        "name": "several",
+        "original": {"data": "digits[0-4]", "per_class": 60, "test_per_class": 20},
+        "restricted": {"data": "digits[5-9]", "per_class": 60, "test_per_class": 20},
+        "model": {"name": "small_conv", "size": 8, "channels": 1, "options": {"width": 8}},
+        "pretrain": {"steps": 60, "batch_size": 50, "lr": 0.005},
+        "audit": {
+            "battery": "own",
+            "steps": 8,
+            "seeds": 2,
+            "evaluations": 3,
+            "attacks": [
+                {"name": "plain", "tuning": {"initialise": "head", "optimiser": "adam", "lr": 0.01}},
+                {
+                    "name": "searched",
+                    "tuning": {"initialise": "head", "optimiser": "adam"},
+                    "search": {"lr": [1e-3, 1e-2]},
+                },
+            ],
+        },
+        "runtime": {"precision": "float32", "jobs": 1},
+        "presets": {
+            "identity": {"defence": "identity"},
+            "ntl": {"defence": {"name": "ntl", "iterations": 10, "check_every": 5, "probe_steps": 4}},
+        },
+    }
+    path = tmp_path_factory.mktemp("several") / "several.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(several: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared")
+    plans = plan_comparison(several, [], [], 2, out)
+    write_comparison(out, run_comparison(plans), "plain")
+    return out
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def controls(path: Path) -> list[tuple[Any, ...]]:
+    keys = ("model", "attack", "seed", "step", "split", "value", "loss", "samples", "flops", "setting")
+    return sorted(
+        (tuple(str(r[k]) for k in keys) for r in lines(path) if r["model"] != "protected" and r["last_step"]),
+    )
+
+
+def test_all_runs_of_a_seed_share_the_clean_model_and_its_controls(compared: Path) -> None:
+    for seed in (0, 1):
+        first = compared / f"seed-{seed}" / "identity"
+        for preset in ("ntl",):
+            other = compared / f"seed-{seed}" / preset
+            names = [(f / "clean" / "model.safetensors").read_bytes() for f in (first, other)]
+            assert names[0] == names[1]
+            assert controls(first / "records.jsonl") == controls(other / "records.jsonl")
+            assert len(lines(other / "searches.jsonl")) == 3
+    assert (compared / "seed-0" / "ntl" / "bundle" / "model.safetensors").is_file()
+
+
+def test_taken_over_is_what_would_have_been_measured(compared: Path, several: Path, tmp_path: Path) -> None:
+    clean = compared / "seed-0" / "identity" / "clean"
+    recipe = load_recipe(several, "ntl", ["seed=0", f"weights={clean}"])
+    Run(Inputs(recipe), tmp_path / "alone").all()
+    theirs = compared / "seed-0" / "ntl"
+    assert controls(tmp_path / "alone" / "records.jsonl") == controls(theirs / "records.jsonl")
+    alone, taken = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "alone", theirs))
+    assert alone["restricted"] == taken["restricted"]
+
+
+def test_the_table(compared: Path) -> None:
+    found = json.loads((compared / "comparison.json").read_text())
+    assert list(found["rows"]) == ["identity", "ntl"]
+    row = found["rows"]["identity"]
+    assert row["before"] == row["after"]
+    assert row["verdicts"].count("held") == 0
+    ends = []
+    for seed in (0, 1):
+        summary = json.loads((compared / f"seed-{seed}" / "identity" / "summary.json").read_text())
+        plain = next(a for a in summary["restricted"]["attacks"] if a["name"] == "plain")
+        assert plain["protected"] == plain["clean"], "no defence at all"
+        ends.append(plain["protected"][-1])
+    assert row["attack"] == pytest.approx([sum(ends) / 2, abs(ends[0] - ends[1]) / 2**0.5])
+    assert found["controls"]["clean"]["attack"] == pytest.approx(row["attack"])
+    text = as_markdown(found)
+    assert text == (compared / "comparison.md").read_text()
+    assert text.count("\n| ") == 5, "a header, two defences, two controls"
+    for name in ("beneficial", "malicious"):
+        assert (compared / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+def test_it_goes_on_where_it_was(compared: Path, several: Path) -> None:
+    before = (compared / "seed-1" / "ntl" / "records.jsonl").read_bytes()
+    plans = plan_comparison(several, [], [], 2, compared)
+    run_comparison(plans, resume=True)
+    assert (compared / "seed-1" / "ntl" / "records.jsonl").read_bytes() == before
+
+
+def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) -> None:
+    assert presets_of(several) == ["identity", "ntl"]
+    with pytest.raises(UserError, match="unknown preset"):
+        plan_comparison(several, ["identity", "nlt"], [], 1, tmp_path)
+    with pytest.raises(UserError, match="named twice"):
+        plan_comparison(several, ["ntl", "ntl"], [], 1, tmp_path)
+    raw = yaml.safe_load(several.read_text())
+    raw["presets"]["ntl"]["audit"] = {"steps": 9}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    with pytest.raises(UserError, match="differ in audit; only the defence may differ"):
+        plan_comparison(tmp_path / "other.yaml", [], [], 1, tmp_path)
+    del raw["presets"]
+    (tmp_path / "none.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match="no presets to compare"):
+        plan_comparison(tmp_path / "none.yaml", [], [], 1, tmp_path)
+    with pytest.raises(UserError, match="no attack 'nothing'"):
+        write_comparison(
+            tmp_path, {"identity": [json.loads((compared / "seed-0/identity/summary.json").read_text())]}, "nothing"
+        )
+
+
+def test_controls_of_another_audit_are_refused(compared: Path, several: Path, tmp_path: Path) -> None:
+    first = compared / "seed-0" / "identity"
+    for changes, at_fault in (
+        (["audit.steps=9"], "audit"),
+        (["seed=1"], "seed"),
+        (["restricted.per_class=50"], "restricted"),
+        (["pretrain.steps=61", "weights=null"], "clean weights"),
+    ):
+        recipe = load_recipe(several, "identity", [f"weights={first / 'clean'}", *changes])
+        run = Run(Inputs(recipe), tmp_path / at_fault.replace(" ", "-"), controls=first)
+        with pytest.raises(UserError, match=f"differs from this one in .*{at_fault}"):
+            run.all()
+    recipe = load_recipe(several, "identity", [f"weights={first / 'clean'}"])
+    with pytest.raises(UserError, match="holds no audited run"):
+        Run(Inputs(recipe), tmp_path / "x", controls=tmp_path).all()
