@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.comparison import presets_of
 from holdfast.defences.registry import Identity
 from holdfast.defences.sophon import Sophon
 from holdfast.errors import UserError
@@ -13,11 +14,8 @@ from holdfast.recipes import apply_changes, list_recipes, load_recipe, parse_rec
 MINIMAL = {"original": "digits[0-4]", "restricted": "digits[5-9]"}
 
 
-@pytest.mark.parametrize("name", list_recipes())
-@pytest.mark.parametrize("preset", [None, "small", "paper"])
+@pytest.mark.parametrize(("name", "preset"), [(n, p) for n in list_recipes() for p in (None, *presets_of(n))])
 def test_shipped_recipes_are_valid(name: str, preset: str | None) -> None:
-    if name == "demo" and preset:
-        pytest.skip("the demo has one scale")
     recipe = load_recipe(name, preset)
     json.dumps(recipe.as_dict())
     again = parse_recipe(recipe.as_dict())
@@ -27,7 +25,9 @@ def test_shipped_recipes_are_valid(name: str, preset: str | None) -> None:
 
 
 def test_the_named_recipes_ship() -> None:
-    assert {"demo", "sophon/mnist-usps", "sophon/cifar10-mnist_m", "sophon/cifar10-split"} <= set(list_recipes())
+    shipped = set(list_recipes())
+    assert {"demo", "sophon/mnist-usps", "sophon/cifar10-mnist_m", "sophon/cifar10-split"} <= shipped
+    assert {"mit/cifar10-split", "ntp/mnist-mnist_m", "ntp/mnist-usps", "ntp/usps-mnist_m"} <= shipped
 
 
 def test_a_minimal_recipe_and_changes() -> None:
