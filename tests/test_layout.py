@@ -61,6 +61,7 @@ ORDER = [
     "checks",
     "summary",
     "pretraining",
+    "selfsupervised",
     "bundle",
     "recipes",
     "report.words",

@@ -31,12 +31,13 @@ from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Workplace
 from holdfast.inputs import Inputs
-from holdfast.models import Architecture, state_of
-from holdfast.pretraining import pretrain
+from holdfast.models import Architecture, State, state_of
+from holdfast.pretraining import Checkpoint, pretrain
 from holdfast.progress import Reporter, duration
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
+from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 
 
@@ -88,22 +89,18 @@ class Run:
         else:
             self._check_fresh("pre-training", checkpoint.exists())
             with threads(self._threads(given.architecture.build(len(given.original.classes)))):
-                state = pretrain(
-                    given.architecture,
-                    given.original,
-                    given.recipe.pretrain,
-                    given.task,
-                    given.runtime,
-                    seed=given.recipe.seed,
-                    start=start,
-                    checkpoint=checkpoint,
-                    identity=given.work_identity,
-                    resume=self.resume,
-                    reporter=self.reporter,
-                )
+                state = self._pretrained(start, Checkpoint(checkpoint, given.work_identity, self.resume))
         bundle = Bundle(state, given.architecture, given.head_classes, {"stage": "clean"})
         bundle.save(self.clean_folder, f"# {given.recipe.name}, before protection\n\nNot for release.\n")
         return bundle
+
+    def _pretrained(self, start: State | None, checkpoint: Checkpoint) -> State:
+        given, spec = self.inputs, self.inputs.recipe.self_supervised
+        common = (given.task, given.runtime)
+        kept: dict[str, Any] = {"seed": given.recipe.seed, "checkpoint": checkpoint, "reporter": self.reporter}
+        if spec is None:
+            return pretrain(given.architecture, given.original, given.recipe.pretrain, *common, start=start, **kept)
+        return pretrain_encoder(given.architecture, given.original, given.recipe.pretrain, spec, *common, **kept)
 
     def _threads(self, model: nn.Module) -> int | None:
         return self.inputs.recipe.runtime.threads or threads_for(model, self.inputs.architecture.size)

@@ -17,6 +17,7 @@ from holdfast.domains import DomainSpec
 from holdfast.errors import UserError, require, unknown
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture
+from holdfast.selfsupervised import SelfSupervision
 
 PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", batch_size=64, steps=1000)
 
@@ -48,8 +49,8 @@ class RuntimeSpec:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `weights`: a file or bundle folder to start from, `timm` for timm's published weights, or None to
-    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `benign`: a third
-    domain, to which fine-tuning should stay possible."""
+    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `self_supervised`:
+    pre-train without labels. `benign`: a third domain, to which fine-tuning should stay possible."""
 
     original: DomainSpec
     restricted: DomainSpec
@@ -60,6 +61,7 @@ class Recipe:
     model: Architecture = field(default_factory=Architecture)
     weights: str | None = None
     pretrain: FineTuning = PRETRAIN
+    self_supervised: SelfSupervision | None = None
     defence: Any = field(default_factory=Sophon)
     audit: AuditSpec = field(default_factory=AuditSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
