@@ -91,6 +91,12 @@ class TestADMM:
         assert weight.tolist() == pytest.approx([2, 0], abs=1e-3)
         assert primal < 1e-3
 
+    def test_another_rho_keeps_the_multipliers(self) -> None:
+        admm = ADMM({"w": row(3, 1)}, rho=2.0)
+        admm.update({"w": row(3, 1)}, lambda v: keep_largest(v, 0.5))
+        admm.strengthen(8.0)
+        assert (admm.rho * admm.u["w"]).tolist() == pytest.approx([0, 2.0])
+
     def test_its_state_goes_back(self) -> None:
         admm = ADMM({"w": row(3, 1)}, rho=2.0)
         before = copy.deepcopy(admm.state_dict())

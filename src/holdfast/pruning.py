@@ -89,12 +89,18 @@ class ADMM:
         moved, dual = norm({n: z - before[n] for n, z in self.z.items()}), norm(self.u)
         return gap / size if size else 0.0, moved / dual if dual else 0.0
 
-    def state_dict(self) -> dict[str, Tensors]:
-        """Z and U."""
-        return {"z": dict(self.z), "u": dict(self.u)}
+    def strengthen(self, rho: float) -> None:
+        """Another penalty from now on. The multipliers ρ·U stay, so U is scaled by ρ_before/ρ (Boyd et al., §3.4.1)."""
+        self.u = {n: u * (self.rho / rho) for n, u in self.u.items()}
+        self.rho = rho
 
-    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Z, U and ρ."""
+        return {"z": dict(self.z), "u": dict(self.u), "rho": self.rho}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Back to a state; tensors go where the present ones are."""
+        self.rho = state_dict["rho"]
         for own, saved in ((self.z, state_dict["z"]), (self.u, state_dict["u"])):
             for name, value in saved.items():
                 own[name] = value.to(own[name].device).clone()

@@ -67,6 +67,12 @@ class Recipe:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
+    def __post_init__(self) -> None:
+        require(
+            self.self_supervised is None or self.weights is None,
+            "self_supervised pre-trains from scratch; it cannot go with weights",
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; `load` of it gives the same recipe."""
         value = asdict(replace(self, model=replace(self.model, factory=None)))

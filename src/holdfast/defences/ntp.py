@@ -33,7 +33,7 @@ class NTP(Guarded):
     An iteration of the first stage is one of ADMM: `steps` steps of Adam on the loss and ρ/2·‖W − Z + U‖², then the
     projection and the dual update. It ends after `iterations`, or as soon as Z has the target sparsity and the primal
     residual is at most `residual`; then the mask is fixed (Z ≠ 0) and the weights left are trained on, without the
-    penalty, for `retrain` iterations. Only masked states are released.
+    penalty, for `retrain` iterations. Only masked states are judged and released.
     """
 
     regulariser: Literal["fisher", "mmd", "none"] = "fisher"
@@ -41,6 +41,7 @@ class NTP(Guarded):
     bound: float = 10.0  # c; published code: 10 with the Fisher term, 3 with MMD
     gamma: float = 1e3  # of the Fisher ratio, or of −MMD
     rho: float = 0.005
+    rho_growth: float = 1.0  # factor of ρ after every iteration of ADMM; published code: none
     projection: Literal["soft", "largest"] = "largest"  # published code: soft threshold; a target needs `largest`
     threshold: float = 0.005  # λ/ρ of the soft threshold; ours
     sparsity: float = 0.95  # published code: stops above 0.95 to 0.99
@@ -73,6 +74,7 @@ class NTP(Guarded):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         for name in ("bound", "rho", "threshold"):
             require(getattr(self, name) > 0, f"{name} must be positive, but got {getattr(self, name)}")
+        require(1 <= self.rho_growth <= 10, f"rho_growth must lie in [1, 10], but got {self.rho_growth}")
         for name in ("sparsity", "tolerance"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), but got {getattr(self, name)}")
 
@@ -111,8 +113,8 @@ class _Engine(Engine):
         return {n: self.given.model.get_parameter(n) for n in self.names}
 
     def phase(self, iteration: int) -> Phase:
-        """Until the mask is fixed, the weights are not yet sparse."""
-        return "candidate" if self.mask.kept else "guarded"
+        """Until the mask is fixed, the weights are not yet sparse, and what they lose is trained back after."""
+        return "candidate" if self.mask.kept else "free"
 
     def done(self, iteration: int) -> bool:
         """`retrain` iterations after the mask was fixed."""
@@ -127,6 +129,7 @@ class _Engine(Engine):
         primal, dual = self.admm.update(weights, spec.project)
         reached = sparsity(self.admm.z)
         sparse = spec.projection == "largest" or reached >= spec.sparsity
+        self.admm.strengthen(self.admm.rho * spec.rho_growth)
         if iteration >= spec.iterations or (sparse and primal <= spec.residual):
             self.mask.fix(self.admm.z, iteration)
             self.mask.enforce(weights)
