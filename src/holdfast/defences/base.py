@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
@@ -53,6 +55,24 @@ class Given:
     def original_metric(self) -> float:
         """The original metric on validation data."""
         return evaluate(self.model, self.original.validation, self.task, self.runtime)[0]
+
+
+@contextmanager
+def own_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation takes the statistics of the batch that passes, and its running ones do not follow.
+
+    Restricted images pass like this, alone: as in an attacker's own training step, which would undo whatever rests on
+    the statistics of a mixture; and the released running statistics are those of original images.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    before = [m.momentum for m in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum
 
 
 class Prober:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, own_statistics, require_positive, require_rates
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.seeding import seeded
@@ -78,21 +78,21 @@ class _Engine(Engine):
         self.restricted_metric = Prober(given, spec.probe_steps)
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
-        """One step on a batch of each domain, in one pass: batch statistics are those of the mixture, as they will be
-        in use."""
-        spec, given = self.spec, self.given
-        (ours,) = given.batches(given.original.train, spec.batch_size, "original", iteration - 1)
-        (theirs,) = given.batches(given.restricted, spec.batch_size, "restricted", iteration - 1)
-        n = len(ours[1])
+        """One step on a batch of each domain; see `own_statistics`."""
+        spec, given, model = self.spec, self.given, self.given.model
+        ours = given.batches(given.original.train, spec.batch_size, "original", iteration - 1)
+        ((images, others),) = given.batches(given.restricted, spec.batch_size, "restricted", iteration - 1)
         seen: dict[str, float] = {}
 
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            kept, pushed = (given.task.loss(outputs[s], targets[s]) for s in (slice(n), slice(n, None)))
-            distance = mmd(tap.value[:n], tap.value[n:], spec.kernels, spec.factor)
+        def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+            kept, features = given.task.loss(outputs, labels), tap.value
+            with own_statistics(model), given.runtime.autocast():
+                answers = model(images)
+            pushed = given.task.loss(answers, others)
+            distance = mmd(features, tap.value, spec.kernels, spec.factor)
             seen.update(kept=kept.item(), pushed=pushed.item(), mmd=distance.item())
             return ntl_loss(kept, pushed, distance, spec, strength)
 
-        both = torch.cat([ours[0], theirs[0]]), torch.cat([ours[1], theirs[1]])
-        with Tap(given.model, given.head()[0]) as tap, seeded(given.seed, "ntl", iteration):
-            result = fit(given.model, [both], loss, self.adam, runtime=given.runtime)
+        with Tap(model, given.head()[0]) as tap, seeded(given.seed, "ntl", iteration):
+            result = fit(model, ours, loss, self.adam, runtime=given.runtime)
         return {"ntl": result.loss, **seen}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, own_statistics, require_positive, require_rates
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.guard import Phase
@@ -136,36 +136,32 @@ class _Engine(Engine):
         return {**losses, "primal": primal, "dual": dual, "sparsity": reached}
 
     def _train(self, iteration: int, strength: float) -> dict[str, float]:
-        """`steps` steps, each on a batch of each domain in one pass."""
-        spec, given, weights = self.spec, self.given, self.weights()
+        """`steps` steps, each on a batch of each domain; see `own_statistics`."""
+        spec, given, weights, model = self.spec, self.given, self.weights(), self.given.model
         first = (iteration - 1) * spec.steps
         ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
-        n = min(spec.batch_size, len(given.original.train))
         seen: dict[str, float] = {}
 
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            kept, pushed = (given.task.loss(outputs[s], targets[s]) for s in (slice(n), slice(n, None)))
-            term = self._regulariser(tap.value, targets, n)
+        def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+            kept, features = given.task.loss(outputs, labels), tap.value
+            images, others = next(theirs)
+            with own_statistics(model), given.runtime.autocast():
+                answers = model(images)
+            pushed, term = given.task.loss(answers, others), self._regulariser(features, tap.value, others)
             seen.update(kept=kept.item(), pushed=pushed.item(), **{spec.regulariser: term.item()})
             found = ntp_loss(kept, pushed if spec.alpha else pushed.detach(), term, spec, strength)
             return found if self.mask.kept else found + self.admm.penalty(weights)
 
-        both = ((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(ours, theirs, strict=True))
-        with Tap(given.model, self.head[0]) as tap, seeded(given.seed, "ntp", iteration):
+        with Tap(model, self.head[0]) as tap, seeded(given.seed, "ntp", iteration):
             result = fit(
-                given.model,
-                both,
-                loss,
-                self.adam,
-                runtime=given.runtime,
-                after_step=lambda *_: self.mask.enforce(weights),
+                model, ours, loss, self.adam, runtime=given.runtime, after_step=lambda *_: self.mask.enforce(weights)
             )
         return {"ntp": math.nan if result.diverged_at else result.loss, **seen}
 
-    def _regulariser(self, features: Tensor, labels: Tensor, n: int) -> Tensor:
+    def _regulariser(self, original: Tensor, restricted: Tensor, labels: Tensor) -> Tensor:
         if self.spec.regulariser == "fisher":
-            return fisher_ratio(features[n:], labels[n:])
+            return fisher_ratio(restricted, labels)
         if self.spec.regulariser == "mmd":
-            return -mmd(features[:n], features[n:])
-        return torch.zeros((), device=features.device)
+            return -mmd(original, restricted)
+        return torch.zeros((), device=restricted.device)
