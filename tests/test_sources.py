@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from holdfast.domains import DomainSpec, load_domain, parse_selection, sample, select_classes
+from holdfast.domains import DomainSpec, load_domain, parse_selection, public_name, sample, select_classes
 from holdfast.errors import UserError
 from holdfast.preprocessing import Preprocessing
 from holdfast.sources import known_names, open_source
@@ -153,6 +154,22 @@ def test_the_splits_share_no_image(original) -> None:
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
+
+
+def test_several_domains_are_one(architecture) -> None:
+    """Classes of the same name are the same class; limits hold for each domain; duplicates are kept once."""
+    spec = DomainSpec("digits[0-2] + digits[2,4]", per_class=20, test_per_class=5)
+    both = load_domain(spec, architecture.preprocessing)
+    assert both.classes == ("0", "1", "2", "4")
+    assert both.test.labels.bincount().tolist() == [5, 5, 10, 5]
+    assert both.dropped > 0, "class 2 comes twice, with the same images"
+    seen = [d for part in (both.train, both.validation) for d in part.digests()]
+    assert len(seen) == len(set(seen))
+    fours = load_domain(replace(spec, data="digits[2,4]"), architecture.preprocessing)
+    ours = {d for d, y in zip(both.train.digests(), both.train.labels.tolist(), strict=True) if y == 3}
+    theirs = {d for d, y in zip(fours.train.digests(), fours.train.labels.tolist(), strict=True) if y == 1}
+    assert ours == theirs
+    assert public_name("folder:/home/me/pets + digits[2]") == "pets + digits[2]"
 
 
 def test_halves_are_disjoint_stratified_and_seeded(restricted) -> None:

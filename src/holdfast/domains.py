@@ -119,9 +119,13 @@ class DomainSpec:
 def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int = 0) -> Domain:
     """Decode a domain. Which images are taken depends on `seed` and the spec alone.
 
-    Raises `UserError` for data that is missing, truncated, corrupt, unlabelled or of one class.
+    Several domains at once, `usps + mnist_m`, are one: classes of the same name are the same class, all limits hold for
+    each of them. Raises `UserError` for data that is missing, truncated, corrupt, unlabelled or of one class.
     """
     spec = DomainSpec(spec) if isinstance(spec, str) else spec
+    parts = parts_of(spec.data)
+    if len(parts) > 1:
+        return _joined(spec.data, [load_domain(replace(spec, data=p), preprocessing, seed) for p in parts])
     name, selection = parse_selection(spec.data)
     source = open_source(name)
     chosen = select_classes(source.classes, selection)
@@ -155,10 +159,33 @@ def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int 
 
 def public_name(data: str) -> str:
     """A domain's name for others: of a path on this machine only the last part."""
+    if len(parts_of(data)) > 1:
+        return " + ".join(map(public_name, parts_of(data)))
     name, selection = parse_selection(data)
     kind, _, rest = name.rpartition(":")
     short = name if kind in ("hf", "torchvision") or "/" not in rest else Path(rest).name
     return short if selection is None else f"{short}[{selection}]"
+
+
+def parts_of(text: str) -> list[str]:
+    """`"usps + mnist_m[0-4]"` → `["usps", "mnist_m[0-4]"]`: the domains that one names, a plus between blanks."""
+    return [p.strip() for p in re.split(r"\s\+\s", text)]
+
+
+def _joined(name: str, domains: list[Domain]) -> Domain:
+    """All images of several domains; classes by name, in the order of their first appearance."""
+    names = tuple(dict.fromkeys(c for d in domains for c in d.classes))
+
+    def together(part: str) -> ImageData:
+        data: list[ImageData] = [getattr(d, part) for d in domains]
+        places = [torch.tensor([names.index(c) for c in d.classes]) for d in domains]
+        labels = torch.cat([place[one.labels] for place, one in zip(places, data, strict=True)])
+        return replace(data[0], images=torch.cat([one.images for one in data]), labels=labels)
+
+    test = together("test")
+    validation, again = _without_duplicates(together("validation"), (test,))
+    train, dropped = _without_duplicates(together("train"), (validation, test))
+    return Domain(name, names, train, validation, test, dropped + again + sum(d.dropped for d in domains))
 
 
 def parse_selection(text: str) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import WEIGHTS, read_weights
 from holdfast.cells import Bench, Ground
-from holdfast.domains import Domain, ImageData, load_domain, parse_selection, sample
+from holdfast.domains import Domain, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
 from holdfast.models import Architecture, State
@@ -98,11 +98,14 @@ class Inputs:
         """The same classes of the same source cannot be kept and restricted at once."""
         if not self.with_original:
             return
-        names = [parse_selection(d.data)[0] for d in (self.recipe.original, self.recipe.restricted)]
+        specs = (self.recipe.original, self.recipe.restricted)
+        sources = [{parse_selection(p)[0] for p in parts_of(d.data)} for d in specs]
         both = sorted(set(self.original.classes) & set(self.restricted.classes))
+        shared = sources[0] & sources[1]
         require(
-            names[0] != names[1] or not both,
-            f"{', '.join(both[:5])} of {names[0]} is both kept and restricted; choose classes that differ",
+            not shared or not both,
+            f"{', '.join(both[:5])} of {', '.join(sorted(shared))} is both kept and restricted; choose classes that "
+            "differ",
         )
 
     @cached_property
