@@ -29,6 +29,7 @@ ORDER = [
     "training",
     "adapters",
     "augmentation",
+    "neighbourhood",
     "finetuning",
     "flops",
     "simulation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from holdfast.defences.base import Engine, Given, Guarded, Prober, own_statistics, require_positive, require_rates
 from holdfast.errors import require
 from holdfast.features import Tap
+from holdfast.guard import Phase
+from holdfast.neighbourhood import Making
 from holdfast.seeding import seeded
 from holdfast.separation import mmd
 from holdfast.training import fit
@@ -32,7 +34,8 @@ class NTL(Guarded):
     """Hyper-parameters of supervised NTL; values behind which nothing is said are those of its published code.
 
     The model learns to be wrong on restricted images and to tell the domains apart in its features. Fine-tuning is
-    not thought of: SOPHON's Table 1 has it back at 84 % after 20 epochs.
+    not thought of: SOPHON's Table 1 has it back at 84 % after 20 epochs. Source-only, the restricted images are not
+    looked at: images around the original domain, made by a GAN, stand for all there is beyond it.
     """
 
     iterations: int = 1000  # paper: 50 epochs
@@ -44,6 +47,12 @@ class NTL(Guarded):
     distance_bound: float = 1.0  # b′
     kernels: int = 5  # Gaussian kernels of the MMD
     factor: float = 2.0  # between their widths
+    auxiliary: Literal["restricted", "generated"] = "restricted"  # generated: source-only
+    gan_steps: int = 1000  # source-only: of the GAN that learns the original domain; ours
+    distances: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)  # source-only: MMD to which its copies leave; ours
+    directions: int = 4  # source-only: parts of the channels, each held still once; ours
+    leave_steps: int = 50  # source-only: of each copy; ours
+    generated: int = 20  # source-only: images a class of each copy; ours
     tolerance: float = 0.05  # SOPHON's Table 1: 99.6 → 90.2 %; ours
     check_every: int = 50  # ours
     probe_steps: int = 50  # of the adversary behind the curve "restricted"; ours
@@ -55,12 +64,21 @@ class NTL(Guarded):
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         for name in ("loss_scale", "loss_bound", "distance_scale", "distance_bound", "factor"):
             require(getattr(self, name) > 0, f"{name} must be positive, but got {getattr(self, name)}")
+        require(
+            self.auxiliary in ("restricted", "generated"),
+            f"auxiliary must be restricted or generated, but got '{self.auxiliary}'",
+        )
+        require_positive(self, "gan_steps", "directions", "leave_steps", "generated")
+        require(
+            bool(self.distances) and all(d > 0 for d in self.distances),
+            f"distances must be positive and not empty, but got {self.distances}",
+        )
         require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
 
     def check_classes(self, original: int, restricted: int) -> None:
         """One head serves both domains."""
         require(
-            restricted <= original,
+            restricted <= original or self.auxiliary == "generated",
             f"head and classes do not agree: ntl needs a head for the restricted classes too, but there are "
             f"{restricted} of them and {original} original ones",
         )
@@ -72,16 +90,42 @@ class NTL(Guarded):
 
 class _Engine(Engine):
     def __init__(self, spec: NTL, given: Given) -> None:
-        self.spec, self.given, self.length = spec, given, spec.iterations
+        self.spec, self.given = spec, given
+        self.leaving = [(d, k) for d in spec.distances for k in range(spec.directions)]
+        self.first = 0  # iterations before NTL's own
         self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
+        if spec.auxiliary == "generated":
+            self.making = Making(given.original.train, len(given.original.classes), given.seed)
+            self.states = {**self.states, "making": self.making}
+            self.first = spec.gan_steps + len(self.leaving)
+        self.length = self.first + spec.iterations
+
+    def phase(self, iteration: int) -> Phase:
+        """While images are made, the model waits."""
+        return "free" if iteration <= self.first else "candidate"
+
+    def _make(self, iteration: int) -> Mapping[str, float]:
+        """A step of the GAN, or a copy of its generator that leaves."""
+        spec, number = self.spec, iteration - 1 - self.spec.gan_steps
+        if number < 0:
+            return self.making.learn(iteration - 1, self.given.runtime)
+        distance, direction = self.leaving[number]
+        away = self.making.go(
+            distance, direction, spec.directions, spec.leave_steps, spec.generated, self.given.runtime
+        )
+        return {"away": away}
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """One step on a batch of each domain; see `own_statistics`."""
+        if iteration <= self.first:
+            return self._make(iteration)
         spec, given, model = self.spec, self.given, self.given.model
-        ours = given.batches(given.original.train, spec.batch_size, "original", iteration - 1)
-        ((images, others),) = given.batches(given.restricted, spec.batch_size, "restricted", iteration - 1)
+        number = iteration - 1 - self.first
+        other = self.making.result() if self.first else given.restricted
+        ours = given.batches(given.original.train, spec.batch_size, "original", number)
+        ((images, others),) = given.batches(other, spec.batch_size, "restricted", number)
         seen: dict[str, float] = {}
 
         def loss(outputs: Tensor, labels: Tensor) -> Tensor:

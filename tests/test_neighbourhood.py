@@ -1,0 +1,88 @@
+"""Source-only NTL: the GAN's losses by hand, and copies that leave the domain as far as they are told to."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.defences.ntl import NTL
+from holdfast.errors import UserError
+from holdfast.neighbourhood import NOISE, Generator, Making, discriminator_loss, generator_loss, held_still, make_images
+from holdfast.preprocessing import Preprocessing
+from test_defences import protect
+
+
+class Fixed(nn.Module):
+    """A discriminator whose realness is an image's mean; all classes are equally likely to it."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return images.flatten(1), images.flatten(1).mean(1), torch.zeros(len(images), 4)
+
+
+def test_losses_by_hand() -> None:
+    """(1 − 1)² + (0.5)² + ln 4, and (0.5 − 1)² + ln 4."""
+    real, made, labels = torch.ones(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.5), torch.tensor([0, 1, 2])
+    assert discriminator_loss(Fixed(), real, labels, made).item() == pytest.approx(0.25 + 1.386294)
+    assert generator_loss(Fixed(), made, labels).item() == pytest.approx(0.25 + 1.386294)
+
+
+def test_images_lie_in_the_domains_range() -> None:
+    shape = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.5))
+    source = Generator(shape, 2)
+    made = source(torch.randn(4, NOISE), torch.tensor([0, 1, 0, 1]))
+    assert made.shape == (4, 3, 8, 8)
+    low, high = shape.normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, 1, 1))
+    assert ((made >= low) & (made <= high)).all()
+    images, labels = make_images(source, 3, torch.Generator().manual_seed(0), shape)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(UserError, match="that 4 divides"):
+        Generator(Preprocessing(10, 1), 2)
+
+
+def test_a_part_of_the_channels_is_held_still() -> None:
+    masks = [held_still(nn.Linear(3, 8), k, 4) for k in range(4)]
+    assert masks[1]["weight"][:, 0].tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
+    assert (sum(1 - m["bias"] for m in masks) == 1).all(), "every channel once"
+
+
+def test_copies_leave_as_far_as_they_are_told_to(original, runtime) -> None:
+    making = Making(original.train, 5, seed=0)
+    losses = [making.learn(step, runtime) for step in range(60)]
+    assert losses[-1]["generator"] < losses[0]["generator"]
+    before = {n: v.clone() for n, v in making.generator.state_dict().items()}
+    near, far = (making.go(d, 0, 2, 30, 10, runtime) for d in (0.05, 2.0))
+    assert far > near
+    assert all(torch.equal(v, before[n]) for n, v in making.generator.state_dict().items()), "copies, not itself"
+    found = making.result()
+    assert len(found) == 2 * 5 * 10
+    assert found.labels.bincount().tolist() == [20] * 5
+
+
+def test_its_state_goes_back(original, runtime) -> None:
+    making = Making(original.train, 5, seed=0)
+    making.learn(0, runtime)
+    saved = copy.deepcopy(making.state_dict())
+    expected = (making.learn(1, runtime), making.go(0.1, 0, 2, 2, 3, runtime))
+    making.load_state_dict(saved)
+    assert len(making.images) == 0
+    assert (making.learn(1, runtime), making.go(0.1, 0, 2, 2, 3, runtime)) == expected
+
+
+def test_source_only_never_looks_at_restricted_images(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    spec = NTL(iterations=6, gan_steps=4, distances=(0.1, 0.3), directions=2, leave_steps=2, generated=5)
+    spec = replace(spec, auxiliary="generated", check_every=7, probe_steps=2)
+    model, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
+    assert history.checks[-1]["iteration"] == 4 + 4 + 6
+    assert "away" in history.checks[1]
+    blank = replace(restricted, train=replace(restricted.train, images=restricted.train.images * 0 + 7))
+    other, _ = protect(spec, clean_state, original, blank, architecture, task, runtime)
+    assert all(torch.equal(v, other.state_dict()[n]) for n, v in model.state_dict().items())
+    assert any(not torch.equal(v, clean_state[n]) for n, v in model.state_dict().items())
+    spec.check_classes(5, 50)
