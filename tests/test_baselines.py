@@ -79,6 +79,28 @@ class TestNTP:
         assert history.checks[-1]["iteration"] == 3
         assert history.checks[-1]["sparsity"] > 0
 
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}),
+            ("vgg11", {"num_features": 32, "feature_window_size": 1}),
+        ],
+    )
+    def test_a_vision_transformer_and_a_vgg(self, name, options, task, runtime) -> None:
+        from holdfast.domains import DomainSpec, load_domain
+
+        architecture = Architecture(name, 32, 3, options=options)
+        kept, other = (
+            load_domain(DomainSpec(f"digits[{c}]", per_class=8, test_per_class=2), architecture.preprocessing)
+            for c in ("0-1", "5-6")
+        )
+        model = architecture.build(2)
+        spec = NTP(gamma=1.0, sparsity=0.5, iterations=1, steps=1, retrain=1, check_every=1, probe_steps=1)
+        spec = replace(spec, batch_size=4, tolerance=0.99, projection="largest")
+        arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+        history = spec.protect(model, kept, other.train, restricted_classes=2, **arguments)
+        assert history.checks[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
 
 class TestUNSIR:
     def test_the_noises_loss_by_hand(self, task) -> None:

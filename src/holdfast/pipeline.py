@@ -34,11 +34,14 @@ from holdfast.inputs import Inputs
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import Checkpoint, pretrain
 from holdfast.progress import Reporter, duration
+from holdfast.pruning import sparsity
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
+
+PRUNED = 0.01  # share of exact zeros from which weights count as pruned
 
 
 @dataclass
@@ -160,7 +163,11 @@ class Run:
             "original": public_name(given.original.name),
             "restricted": public_name(given.restricted.name),
         }
-        return Bundle(state_of(model), given.architecture, clean.classes, {**details, "protected_with": name})
+        state = state_of(model)
+        zeros = sparsity({n: v for n, v in state.items() if v.ndim > 1})
+        if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
+            details["sparsity"] = round(zeros, 4)
+        return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})
 
     def audit(self) -> None:
         """Every cell of the grid into `records.jsonl`."""
