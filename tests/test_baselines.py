@@ -83,7 +83,7 @@ class TestNTP:
         ("name", "options"),
         [
             ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}),
-            ("vgg11", {"num_features": 32, "feature_window_size": 1}),
+            ("vgg11", {"num_features": 32}),
         ],
     )
     def test_a_vision_transformer_and_a_vgg(self, name, options, task, runtime) -> None:
