@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,13 @@ class TestNTL:
             NTL().check_classes(5, 6)
 
 
+def small_vgg(classes: int) -> nn.Module:
+    """VGG-11's convolutions with one linear layer: its own three hold 120 million weights."""
+    from torchvision.models import vgg11
+
+    return nn.Sequential(vgg11().features, nn.Flatten(), nn.Linear(512, classes))
+
+
 class TestNTP:
     def test_the_loss_by_hand(self) -> None:
         """1 − 1·min(4, 3) + 10·0.2 = 0, and with half the strength 1 − ½·(3 − 2) = 0.5."""
@@ -59,11 +67,25 @@ class TestNTP:
         model, history = protect(QUICK_NTP, clean_state, original, restricted, architecture, task, runtime)
         head = architecture.head(model, 5)
         weights = {n: model.get_parameter(n) for n in prunable(model, tuple(head))}
-        if history.released:
-            assert sparsity(weights) == pytest.approx(QUICK_NTP.sparsity, abs=0.01)
+        assert history.released
+        assert sparsity(weights) == pytest.approx(QUICK_NTP.sparsity, abs=0.01)
         assert (model.get_parameter(f"{head[0]}.weight") != 0).all()
         assert {"primal", "dual", "sparsity", "fisher"} <= history.checks[1].keys()
         assert history.checks[-1]["iteration"] <= QUICK_NTP.iterations + QUICK_NTP.retrain
+
+    def test_restricted_classes_beyond_the_head_without_a_loss_of_their_own(
+        self, clean_state, original, architecture, task, runtime
+    ) -> None:
+        from holdfast.domains import load_domain
+
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        many = load_domain("digits", architecture.preprocessing)
+        spec = replace(QUICK_NTP, alpha=0.0, iterations=1, retrain=1, check_every=1)
+        arguments = {"architecture": architecture, "task": task, "runtime": runtime}
+        assert spec.protect(model, original, many.train, restricted_classes=10, **arguments).checks[-1]["pushed"] == 0
+        with pytest.raises(UserError, match="alpha > 0"):
+            QUICK_NTP.protect(model, original, many.train, restricted_classes=10, **arguments)
 
     def test_it_stops_when_the_residual_is_small(
         self, clean_state, original, restricted, architecture, task, runtime
@@ -80,16 +102,17 @@ class TestNTP:
         assert history.checks[-1]["sparsity"] > 0
 
     @pytest.mark.parametrize(
-        ("name", "options"),
+        "architecture",
         [
-            ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}),
-            ("vgg11", {"num_features": 32}),
+            Architecture(
+                "vit_tiny_patch16_224", 32, 3, options={"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+            ),
+            Architecture("vgg", 32, 3, factory=small_vgg),
         ],
     )
-    def test_a_vision_transformer_and_a_vgg(self, name, options, task, runtime) -> None:
+    def test_a_vision_transformer_and_a_vgg(self, architecture, task, runtime) -> None:
         from holdfast.domains import DomainSpec, load_domain
 
-        architecture = Architecture(name, 32, 3, options=options)
         kept, other = (
             load_domain(DomainSpec(f"digits[{c}]", per_class=8, test_per_class=2), architecture.preprocessing)
             for c in ("0-1", "5-6")
@@ -200,6 +223,30 @@ class TestSKD:
         layer = prunable(model)[-2].removesuffix(".weight")
         assert (model.get_submodule(layer).bias == 0).all()
 
+    def test_the_bias_that_is_zeroed_is_a_linear_layers(
+        self, architecture, clean_state, original, restricted, task, runtime
+    ) -> None:
+        """Not a normalisation's: it is needed to tell the domains apart."""
+        model, _ = protect(QUICK_SKD, clean_state, original, restricted, architecture, task, runtime)
+        normalisations = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert all((m.bias != 0).any() for m in normalisations)
+
+    def test_after_a_nan_it_begins_again(self, original, restricted, task, runtime) -> None:
+        architecture = Architecture("small_conv", 8, 1, options={"width": 8, "norm": False, "hidden": 16})
+        model = architecture.build(5)
+        given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        engine = QUICK_SKD.engine(given)
+        before = {n: copy.deepcopy(s.state_dict()) for n, s in engine.states.items()}
+        bias = model.get_parameter(engine.bias)
+        engine.iterate(1, 1.0)
+        assert (bias == 0).all()
+        with torch.no_grad():
+            bias.fill_(0.3)  # back to the start
+        for name, state in before.items():
+            engine.states[name].load_state_dict(state)
+        engine.iterate(2, 1.0)
+        assert (bias == 0).all()
+
     def test_a_target_that_no_relu_cuts_off(self) -> None:
         with pytest.raises(UserError, match="target must be negative"):
             SKD(target=1.0)
@@ -254,6 +301,15 @@ class TestReverseMAML:
         assert sorted(labels[query].bincount()[labels[query].unique()].tolist()) == [6, 6, 6]
         assert not set(support.tolist()) & set(query.tolist())
         assert set(labels[support].tolist()) == set(labels[query].tolist())
+
+    def test_a_class_of_one_image_takes_no_part(self, restricted) -> None:
+        train = restricted.train
+        one = torch.cat([torch.nonzero(train.labels == c).flatten()[: 1 if c == 1 else 6] for c in range(3)])
+        support, query = episode(train.subset(one), None, 3, 3, torch.Generator().manual_seed(0))
+        labels = train.labels[one]
+        assert set(labels[support].tolist()) == set(labels[query].tolist()) == {0, 2}
+        with pytest.raises(UserError, match="3 classes of at least 2 images, but there are 2"):
+            episode(train.subset(one), 3, 3, 3, torch.Generator().manual_seed(0))
 
     @pytest.mark.parametrize("order", ["second", "first", "reptile"])
     def test_every_order_and_episodes_of_few_classes(

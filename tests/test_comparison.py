@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from holdfast.comparison import plan_comparison, presets_of, run_comparison
+from holdfast.comparison import check_comparison, column_attack, plan_comparison, presets_of, run_comparison
 from holdfast.errors import UserError
 from holdfast.inputs import Inputs
 from holdfast.pipeline import Run
@@ -83,9 +83,7 @@ def test_all_runs_of_a_seed_share_the_clean_model_and_its_controls(compared: Pat
 
 
 def test_taken_over_is_what_would_have_been_measured(compared: Path, several: Path, tmp_path: Path) -> None:
-    clean = compared / "seed-0" / "identity" / "clean"
-    recipe = load_recipe(several, "ntl", ["seed=0", f"weights={clean}"])
-    Run(Inputs(recipe), tmp_path / "alone").all()
+    Run(Inputs(load_recipe(several, "ntl")), tmp_path / "alone").all()
     theirs = compared / "seed-0" / "ntl"
     assert controls(tmp_path / "alone" / "records.jsonl") == controls(theirs / "records.jsonl")
     alone, taken = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "alone", theirs))
@@ -135,6 +133,17 @@ def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) 
     (tmp_path / "none.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match="no presets to compare"):
         plan_comparison(tmp_path / "none.yaml", [], [], 1, tmp_path)
+    with pytest.raises(UserError, match="--seeds N instead of seed="):
+        plan_comparison(several, [], ["seed=7"], 1, tmp_path)
+    plans = plan_comparison(several, [], [], 1, tmp_path)
+    assert column_attack(plans) == "plain"
+    with pytest.raises(UserError, match="no attack 'planes' in this comparison; valid: plain, searched"):
+        check_comparison(plans, "planes")
+    check_comparison(plans, "plain")
+    wrong = plan_comparison(several, [], ["original.data=digits[0-3]"], 1, tmp_path)
+    with pytest.raises(UserError, match="preset ntl: head and classes do not agree"):
+        check_comparison(wrong)
+    assert not (tmp_path / "seed-0").exists(), "before any work"
     with pytest.raises(UserError, match="no attack 'nothing'"):
         write_comparison(
             tmp_path, {"identity": [json.loads((compared / "seed-0/identity/summary.json").read_text())]}, "nothing"
@@ -147,12 +156,45 @@ def test_controls_of_another_audit_are_refused(compared: Path, several: Path, tm
         (["audit.steps=9"], "audit"),
         (["seed=1"], "seed"),
         (["restricted.per_class=50"], "restricted"),
-        (["pretrain.steps=61", "weights=null"], "clean weights"),
+        (["pretrain.steps=61"], "clean weights"),
+        (["model.mean=[0.4]"], "model"),
     ):
-        recipe = load_recipe(several, "identity", [f"weights={first / 'clean'}", *changes])
-        run = Run(Inputs(recipe), tmp_path / at_fault.replace(" ", "-"), controls=first)
+        run = Run(Inputs(load_recipe(several, "identity", changes)), tmp_path / at_fault, controls=first)
         with pytest.raises(UserError, match=f"differs from this one in .*{at_fault}"):
             run.all()
-    recipe = load_recipe(several, "identity", [f"weights={first / 'clean'}"])
     with pytest.raises(UserError, match="holds no audited run"):
-        Run(Inputs(recipe), tmp_path / "x", controls=tmp_path).all()
+        Run(Inputs(load_recipe(several, "identity")), tmp_path / "x", controls=tmp_path).all()
+
+
+def test_records_of_another_environment_are_not_taken_over(compared: Path, several: Path, tmp_path: Path) -> None:
+    """A run that was audited in two environments: only what was measured in ours counts."""
+    import shutil
+
+    first = tmp_path / "first"
+    shutil.copytree(compared / "seed-0" / "identity", first)
+    known = json.loads((first / "provenance.json").read_text())
+    (name,) = known
+    known["elsewhere"] = {**known[name], "versions": {"torch": "0.1"}}
+    (first / "provenance.json").write_text(json.dumps(known))
+    rows = lines(first / "records.jsonl")
+    for row in rows:
+        if row["seed"] == 1:
+            row["provenance"] = "elsewhere"
+    (first / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    inputs = Inputs(load_recipe(several, "ntl"))
+    run = Run(inputs, tmp_path / "run", controls=first, shared=compared / "seed-0" / "clean")
+    said: list[str] = []
+    run.reporter.say = said.append  # type: ignore[method-assign]
+    run.all()
+    assert "audit: 6 results of clean and scratch taken over" in " ".join(said), "2 searches, 4 cells of seed 0"
+
+
+def test_presets_in_another_order_and_another_spelling_of_the_folder(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_comparison(plan_comparison(several, ["ntl"], [], 1, Path("out")))
+    before = (tmp_path / "out" / "seed-0" / "ntl" / "records.jsonl").read_bytes()
+    found = run_comparison(plan_comparison(several, [], [], 1, tmp_path / "out"), resume=True)
+    assert list(found) == ["identity", "ntl"]
+    assert (tmp_path / "out" / "seed-0" / "ntl" / "records.jsonl").read_bytes() == before

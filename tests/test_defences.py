@@ -45,7 +45,9 @@ QUICK_UNSIR = UNSIR(
     check_every=5,
     probe_steps=10,
 )
-QUICK_SKD = SKD(iterations=40, batch_size=40, head_steps=60, check_every=20, probe_steps=10)
+QUICK_SKD = SKD(
+    target=-5.0, tolerance=0.4, iterations=80, lr=1e-2, batch_size=40, head_steps=60, check_every=20, probe_steps=10
+)
 QUICK_MAML = ReverseMAML(iterations=6, tasks=1, check_every=3, batch_size=40, probe_steps=10)
 CASES = {
     "sophon": QUICK_SOPHON,
@@ -95,7 +97,8 @@ class TestContract:
     def test_the_result_is_within_tolerance_finite_and_the_same_model(
         self, name, clean_state, original, restricted, architecture, task, runtime
     ) -> None:
-        model, _ = protect(CASES[name], clean_state, original, restricted, architecture, task, runtime)
+        model, history = protect(CASES[name], clean_state, original, restricted, architecture, task, runtime)
+        assert history.released or name in ("identity", "sophon"), "else the clean model is compared with itself"
         clean = architecture.build(5)
         clean.load_state_dict(clean_state)
         before, after = (evaluate(m, original.validation, task, runtime)[0] for m in (clean, model))
@@ -114,6 +117,40 @@ class TestContract:
             for _ in range(2)
         )
         assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+class Killed(Exception):
+    """As by `kill -9`, between two iterations."""
+
+
+@pytest.mark.parametrize("name", sorted(DEFENCES.keys() - {"identity"}))
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_killed_and_resumed_is_undisturbed(
+    name, share, clean_state, original, restricted, architecture, task, runtime, tmp_path, monkeypatch
+) -> None:
+    """Whatever a defence keeps beside the model must be in its engine's states."""
+    from holdfast.defences import base
+
+    arguments = (clean_state, original, restricted, architecture, task, runtime)
+    spec = CASES[name]
+    whole, expected = protect(spec, *arguments)
+    run_guarded = base.run_guarded
+
+    def until(model, states, iterate, *, iterations, **others):
+        def dying(i, strength):
+            if i > max(1, round(share * iterations)):
+                raise Killed
+            return iterate(i, strength)
+
+        return run_guarded(model, states, dying, iterations=iterations, **others)
+
+    monkeypatch.setattr(base, "run_guarded", until)
+    with pytest.raises(Killed):
+        protect(spec, *arguments, workplace=Workplace(tmp_path, save_every_seconds=-1))
+    monkeypatch.setattr(base, "run_guarded", run_guarded)
+    again, history = protect(spec, *arguments, workplace=Workplace(tmp_path, resume=True, save_every_seconds=-1))
+    assert history.checks == expected.checks
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in whole.state_dict().items())
 
 
 def test_sophon_suppresses_and_says_what_it_did(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from holdfast.bundle import is_bundle, load_bundle
-from holdfast.comparison import plan_comparison, run_comparison
+from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
@@ -247,8 +247,10 @@ def compare(
 
     chosen = [p.strip() for p in presets.split(",")] if presets else []
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
+    check_comparison(plans, attack)
     found = run_comparison(plans, resume, Reporter(quiet))
-    typer.echo("\n" + as_markdown(write_comparison(out, found, attack)) + f"\n{(out / 'comparison.md').resolve()}")
+    table = as_markdown(write_comparison(out, found, attack or column_attack(plans)))
+    typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")
 
 
 @app.command(name="list")

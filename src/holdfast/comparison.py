@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
+from holdfast.bundle import is_bundle
+from holdfast.defences.registry import Identity
 from holdfast.errors import UserError, require
+from holdfast.files import read_json
 from holdfast.inputs import Inputs
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
@@ -18,12 +21,14 @@ from holdfast.recipes import Recipe, find_recipe, load_recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of a comparison. `first`: the run of the same seed that pre-trains, and whose controls serve all."""
+    """One run of a comparison. `base`: the folder of its seed, whose `clean/` all presets start from; `first`: the run
+    of the same seed whose controls serve all."""
 
     preset: str
     seed: int
     recipe: Recipe
     folder: Path
+    base: Path
     first: Path
 
 
@@ -44,6 +49,10 @@ def plan_comparison(
     require(bool(chosen), f"{source} has no presets to compare; each lays a `defence` over the recipe")
     require(len(set(chosen)) == len(chosen), f"a preset is named twice: {', '.join(chosen)}")
     require(seeds >= 1, f"a comparison needs at least 1 seed, but got {seeds}")
+    require(
+        not any(c.strip().startswith("seed=") for c in changes),
+        "a comparison has the seeds 0 … n − 1; give --seeds N instead of seed=…",
+    )
     plans = []
     for seed in range(seeds):
         recipes = [load_recipe(source, p, [*changes, f"seed={seed}"]) for p in chosen]
@@ -55,7 +64,7 @@ def plan_comparison(
                 )
         folder = out / f"seed-{seed}"
         for preset, recipe in zip(chosen, recipes, strict=True):
-            plans.append(Plan(preset, seed, recipe, folder / preset, folder / chosen[0]))
+            plans.append(Plan(preset, seed, recipe, folder / preset, folder, folder / chosen[0]))
     return plans
 
 
@@ -64,25 +73,46 @@ def _differences(first: Recipe, second: Recipe) -> list[str]:
     return [n for n in ours if n not in ("defence", "name", "description") and ours[n] != theirs[n]]
 
 
+def check_comparison(plans: Sequence[Plan], attack: str | None = None) -> None:
+    """Find bad input before hours of work: the data and the model once, the classes for every defence, the attack."""
+    inputs = Inputs(plans[0].recipe)
+    inputs.check()
+    ours, theirs = len(inputs.head_classes), len(inputs.restricted.classes)
+    for plan in plans:
+        try:
+            plan.recipe.defence_object.check_classes(ours, theirs)
+        except UserError as error:
+            raise UserError(f"preset {plan.preset}: {error}") from None
+    names = [a.name for a in plans[0].recipe.audit.all_attacks()]
+    require(attack is None or attack in names, f"no attack '{attack}' in this comparison; valid: {', '.join(names)}")
+
+
+def column_attack(plans: Sequence[Plan]) -> str:
+    """The attack with a column of its own: the recipe's first, else the battery's."""
+    audit = plans[0].recipe.audit
+    return (audit.attacks or audit.all_attacks())[0].name
+
+
 def run_comparison(
     plans: Sequence[Plan], resume: bool = False, reporter: Reporter | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Run what is left to run; returns the summaries of each preset, seed by seed."""
     reporter = reporter or Reporter(quiet=True)
     for plan in plans:
+        if not is_bundle(plan.base / "clean"):  # no preset's own, so that it does not matter which comes first
+            recipe = replace(plan.recipe, defence=Identity(), name="clean model")
+            clean = Run(Inputs(recipe), plan.base, resume, reporter)
+            with clean.claim():
+                clean.pretrain()
         reporter.say(f"— {plan.preset}, seed {plan.seed} —")
-        recipe, controls = plan.recipe, None
-        if plan.folder != plan.first:
-            recipe, controls = replace(recipe, weights=str(plan.first / "clean")), plan.first
-        done = Run(Inputs(recipe), plan.folder, resume or plan.folder.exists(), reporter, controls)
-        done.all()
+        controls = plan.first if plan.folder != plan.first else None
+        going = resume or not plan.folder.exists()
+        Run(Inputs(plan.recipe), plan.folder, going, reporter, controls, plan.base / "clean").all()
     return read_comparison(plans)
 
 
 def read_comparison(plans: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:
     """The summaries of finished runs, by preset."""
-    from holdfast.files import read_json
-
     found: dict[str, list[dict[str, Any]]] = {}
     for plan in plans:
         found.setdefault(plan.preset, []).append(read_json(plan.folder / "summary.json"))

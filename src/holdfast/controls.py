@@ -6,7 +6,7 @@ Defences are compared on one clean model; its cells, and those from scratch, are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,40 +17,45 @@ from holdfast.errors import UserError, require
 from holdfast.files import read_json
 
 CONTROLS = ("clean", "scratch")
-SECTIONS = ("model", "original", "restricted", "benign", "seed", "audit")  # of the recipe
-FACTS = ("python", "versions", "revision", "hardware", "audit_seeds", "battery")  # of provenance
+SECTIONS = ("original", "restricted", "benign", "seed", "audit")  # of the recipe
+FACTS = ("python", "versions", "revision", "hardware", "audit_seeds", "battery", "model")  # of provenance
 
 
-def check_controls(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """`UserError` where the run in `folder` was not made as this one is: other data, clean weights, audit, versions or
-    hardware."""
+def check_controls(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> set[str]:
+    """Names of the provenance entries in `folder` whose records serve this run. `UserError` where there are none: other
+    data, clean weights, audit, versions or hardware."""
     for name in ("run.json", "provenance.json"):
         require((folder / name).is_file(), f"controls: {folder} holds no audited run (no {name})")
     theirs = read_json(folder / "run.json")["recipe"]
-    known = read_json(folder / "provenance.json")
-    require(bool(known), f"controls: {folder} holds no audited run")
-    entry = next(reversed(known.values()))
     own = json.loads(json.dumps(recipe))  # tuples as the lists that a file holds
-    wrong = [n for n in SECTIONS if theirs.get(n) != own.get(n)]
-    wrong += [n for n in FACTS if entry.get(n) != facts.get(n)]
-    ours, other = facts["content_sha256"], entry["content_sha256"]
-    wrong += [n for n in ours.keys() & other.keys() - {"weights", "protected"} if ours[n] != other[n]]
-    if entry["weights_sha256"]["clean"] != facts["weights_sha256"]["clean"]:
-        wrong.append("clean weights")
-    if wrong:
+    sections = [n for n in SECTIONS if theirs.get(n) != own.get(n)]
+    wrong = {
+        name: sections + _differences(entry, facts) for name, entry in read_json(folder / "provenance.json").items()
+    }
+    if not any(not w for w in wrong.values()):
+        differ = sorted(set(next(reversed(wrong.values()), ["everything"])))
         raise UserError(
-            f"controls: the run in {folder} differs from this one in {', '.join(sorted(wrong))}; its clean and "
-            "from-scratch results say nothing here"
+            f"controls: the run in {folder} differs from this one in {', '.join(differ)}; its clean and from-scratch "
+            "results say nothing here"
         )
+    return {name for name, w in wrong.items() if not w}
 
 
-def adopt_searches(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
-    """Copy the controls' searches that `specs` ask for and `files` lack; how many."""
+def _differences(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    wrong = [n for n in FACTS if entry.get(n) != json.loads(json.dumps(facts.get(n)))]
+    ours, theirs = facts["content_sha256"], entry["content_sha256"]
+    wrong += [n for n in ours.keys() & theirs.keys() - {"weights", "protected"} if ours[n] != theirs[n]]
+    same = entry["weights_sha256"]["clean"] == facts["weights_sha256"]["clean"]
+    return wrong if same else [*wrong, "clean weights"]
+
+
+def adopt_searches(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
+    """Copy the controls' searches that `specs` ask for and `files` lack, of the provenances `good`; how many."""
     done = {(s.model, n) for s in files.searches.read() for n in s.attacks}
     found = []
     for spec in (s for s in specs if s.model in CONTROLS):
         for search in AuditFiles(folder).searches.read():
-            same = search.model == spec.model and set(spec.names) <= set(search.attacks)
+            same = search.model == spec.model and set(spec.names) <= set(search.attacks) and search.provenance in good
             if same and not all((spec.model, n) in done for n in spec.names):
                 found.append(replace(search, attacks=list(spec.names), provenance=provenance))
                 break
@@ -59,7 +64,7 @@ def adopt_searches(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], p
     return len(found)
 
 
-def adopt_cells(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
+def adopt_cells(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
     """Copy the controls' records that `specs` ask for and `files` lack, found by the same settings; how many cells."""
     done = files.records.recover()
     wanted = {
@@ -72,7 +77,7 @@ def adopt_cells(folder: Path, files: AuditFiles, specs: Sequence[CellSpec], prov
     found = []
     for record in AuditFiles(folder).records.read():
         flag, setting = wanted.get((record.model, record.attack, record.seed), (None, None))
-        if flag is not None and record.setting == setting:
+        if flag is not None and record.setting == setting and record.provenance in good:
             found.append(replace(record, simulated=flag, provenance=provenance))
     if found:
         files.records.append(found)

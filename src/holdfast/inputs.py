@@ -207,6 +207,8 @@ class Inputs:
             "left_out": dict(left_out),
             "attacks": {a.name: attack_facts(a) for a in attacks},
             "content_sha256": self.content,
+            "model": {n: getattr(self.architecture, n) for n in ("name", "size", "channels", "mean", "std")}
+            | {"options": dict(self.architecture.options)},
             "restricted": {
                 "data": self.restricted.name,
                 "classes": list(self.restricted.classes),

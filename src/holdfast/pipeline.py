@@ -37,10 +37,11 @@ from holdfast.progress import Reporter, duration
 from holdfast.pruning import sparsity
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
-from holdfast.runtime import peak_memory_mb, threads, threads_for
+from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 
+NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean model's card
 PRUNED = 0.01  # share of exact zeros from which weights count as pruned
 
 
@@ -49,7 +50,8 @@ class Run:
     """One recipe at work in one folder. Stages are methods; each leaves its files whole or not at all.
 
     `resume`: continue stages that have begun; without it, a stage that has files is refused. `controls`: the folder of
-    another run on the same data and clean weights, whose clean and from-scratch results are taken over.
+    another run on the same data and clean weights, whose clean and from-scratch results are taken over. `shared`: a
+    clean model to take instead of pre-training the same; neither is part of what makes the run this run.
     """
 
     inputs: Inputs
@@ -57,6 +59,7 @@ class Run:
     resume: bool = False
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
     controls: Path | None = None
+    shared: Path | None = None
 
     @property
     def bundle_folder(self) -> Path:
@@ -83,6 +86,10 @@ class Run:
         given = self.inputs
         if is_bundle(self.clean_folder):
             return load_bundle(self.clean_folder, given.architecture)
+        if self.shared is not None:
+            bundle = load_bundle(self.shared, given.architecture)
+            bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
+            return bundle
         weights, start = given.recipe.weights, None
         checkpoint = self.out / "pretraining" / "checkpoint.pt"
         if weights == "timm":
@@ -94,7 +101,7 @@ class Run:
             with threads(self._threads(given.architecture.build(len(given.original.classes)))):
                 state = self._pretrained(start, Checkpoint(checkpoint, given.work_identity, self.resume))
         bundle = Bundle(state, given.architecture, given.head_classes, {"stage": "clean"})
-        bundle.save(self.clean_folder, f"# {given.recipe.name}, before protection\n\nNot for release.\n")
+        bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
         return bundle
 
     def _pretrained(self, start: State | None, checkpoint: Checkpoint) -> State:
@@ -131,6 +138,7 @@ class Run:
         models.load_state(model, clean.state)
         defender, _ = given.halves
         started = time.monotonic()
+        reset_peak_memory(given.runtime.device)
         with threads(self._threads(model)):
             history = given.recipe.defence_object.protect(
                 model,
@@ -145,7 +153,7 @@ class Run:
                 workplace=Workplace(folder, self.resume, self.reporter),
             )
         seconds = history.seconds or time.monotonic() - started
-        memory = peak_memory_mb(given.runtime.device)
+        memory = peak_memory_mb(given.runtime.device, children=False)
         write_json(
             folder / "history.json",
             {
@@ -180,8 +188,7 @@ class Run:
         bench = given.bench(states)
         attacks, left_out = applicable(given.recipe.audit.all_attacks(), bench)
         facts = self._facts(given.facts(attacks, left_out))
-        if self.controls:
-            check_controls(self.controls, given.recipe.as_dict(), facts)
+        good = check_controls(self.controls, given.recipe.as_dict(), facts) if self.controls else set()
         where = self._provenance(facts)
         bench = replace(bench, provenance=where)
         for name, why in left_out.items():
@@ -195,11 +202,11 @@ class Run:
         seeds = given.recipe.audit.seeds
         with released():
             searches = plan_searches(attacks)
-            taken = adopt_searches(self.controls, files, searches, where) if self.controls else 0
+            taken = adopt_searches(self.controls, good, files, searches, where) if self.controls else 0
             chosen = run_searches(searches, bench, files.searches, *workers)
             cells = plan_cells(attacks, seeds, chosen, self._simulates())
             cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
-            taken += adopt_cells(self.controls, files, cells, where) if self.controls else 0
+            taken += adopt_cells(self.controls, good, files, cells, where) if self.controls else 0
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
             run_audit(cells, bench, file, *workers)

@@ -121,7 +121,7 @@ class Mask:
     def enforce(self, weights: Mapping[str, Tensor]) -> None:
         """Zero what is masked, in place."""
         for name, kept in self.kept.items():
-            weights[name].mul_(kept)
+            weights[name].mul_(kept.to(weights[name].device))
 
     def state_dict(self) -> dict[str, Any]:
         """The mask and its age."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -100,13 +102,31 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def peak_memory_mb(device: str = "cpu") -> float:
-    """Peak memory in MB: resident on a CPU (whole process so far, its finished children too), allocated on a GPU."""
+def peak_memory_mb(device: str = "cpu", children: bool = True) -> float:
+    """Peak memory in MB since `reset_peak_memory`, or since the start: resident on a CPU (the process, and its finished
+    `children` since the start), allocated on a GPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(w).ru_maxrss for w in who) / unit
+    own = _high_water_kb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    theirs = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if children else 0
+    return max(own, theirs) / unit
+
+
+def reset_peak_memory(device: str = "cpu") -> None:
+    """Measure the peak from here on. On a CPU only Linux can: elsewhere it stays that since the start."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _high_water_kb() -> int | None:
+    """VmHWM of /proc/self/status; None where there is no such file."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) if found else None
+    return None
 
 
 def hardware(runtime: Runtime) -> dict[str, Any]:

@@ -211,8 +211,9 @@ def slc(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> lis
     """SLC-AUC: accuracy over ln of the fraction of the adversary's data, area between a model and scratch, with the
     t-interval over seeds. One entry for every attack that was run with several fractions, that with the most first."""
     series: dict[str, dict[int, Measured]] = {}
-    for m in test:
-        known = about.get(m.name)
+    planned = {name: place for place, name in enumerate(about)}
+    for m in sorted((m for m in test if m.name in about), key=lambda m: planned[m.name]):
+        known = about[m.name]
         if known:
             series.setdefault(str((known["tuning"], known["edits"], known["searched"])), {})[m.images] = m
     several = [s for s in series.values() if len(s) > 1]

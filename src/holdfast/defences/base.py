@@ -62,7 +62,7 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
     """Batch normalisation takes the statistics of the batch that passes, and its running ones do not follow.
 
     Restricted images pass like this, alone: as in an attacker's own training step, which would undo whatever rests on
-    the statistics of a mixture; and the released running statistics are those of original images.
+    the statistics of a mixture; and the running statistics stay those of original images.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     before = [m.momentum for m in layers]
@@ -122,6 +122,21 @@ class Prober:
         )
         # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
         return 1.0 if result.diverged_at else area(values)
+
+
+class Flag:
+    """Something that has happened or has not, as a state that goes back with the model."""
+
+    def __init__(self) -> None:
+        self.up = False
+
+    def state_dict(self) -> dict[str, bool]:
+        """Whether it has."""
+        return {"up": self.up}
+
+    def load_state_dict(self, state_dict: Mapping[str, bool]) -> None:
+        """Back to a state."""
+        self.up = state_dict["up"]
 
 
 class Engine(ABC):

@@ -148,9 +148,11 @@ class _Engine(Engine):
             images, others = next(theirs)
             with own_statistics(model), given.runtime.autocast():
                 answers = model(images)
-            pushed, term = given.task.loss(answers, others), self._regulariser(features, tap.value, others)
+            term = self._regulariser(features, tap.value, others)
+            # With α = 0 the head need not have the restricted classes.
+            pushed = given.task.loss(answers, others) if spec.alpha else torch.zeros_like(kept)
             seen.update(kept=kept.item(), pushed=pushed.item(), **{spec.regulariser: term.item()})
-            found = ntp_loss(kept, pushed if spec.alpha else pushed.detach(), term, spec, strength)
+            found = ntp_loss(kept, pushed, term, spec, strength)
             return found if self.mask.kept else found + self.admm.penalty(weights)
 
         with Tap(model, self.head[0]) as tap, seeded(given.seed, "ntp", iteration):

@@ -112,8 +112,14 @@ class ReverseMAML(Guarded):
 
 def episode(data: ImageData, ways: int | None, shots: int, queries: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices of a support set (`shots` a class) and a query set (`queries`), disjoint, of `ways` random classes.
-    A class with too few images gives what it has: half of it at most to the query set."""
-    classes = torch.unique(data.labels.cpu())
+    A class with too few images gives what it has, half of it at most to the query set; one with a single image takes no
+    part. `UserError` where too few classes are left."""
+    kinds, counts = torch.unique(data.labels.cpu(), return_counts=True)
+    classes = kinds[counts >= 2]
+    require(
+        len(classes) >= max(2, ways or 2),
+        f"an episode needs {max(2, ways or 2)} classes of at least 2 images, but there are {len(classes)}",
+    )
     chosen = classes if ways is None else classes[torch.randperm(len(classes), generator=rng)[:ways]]
     support, query = [], []
     for c in chosen.tolist():

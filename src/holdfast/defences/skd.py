@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Flag, Given, Guarded, Prober, require_positive, require_rates
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.features import Tap, last_activation
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Phase
+from holdfast.layers import WEIGHT_LAYERS
 from holdfast.models import load_state
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
@@ -100,9 +101,9 @@ class _Engine(Engine):
         head = tuple(f"{h}." for h in given.head())
         trained = [p for n, p in given.model.named_parameters() if not n.startswith(head) and n != self.bias]
         self.adam = torch.optim.Adam(trained, spec.lr, foreach=True)
-        self.states = {"adam": self.adam}
+        self.begun = Flag()
+        self.states = {"adam": self.adam, "begun": self.begun}
         self.restricted_metric = Prober(given, spec.probe_steps)
-        self.begun = False
 
     def phase(self, iteration: int) -> Phase:
         """Restricted images at −100 are all of the loss at first; original ones are fitted after."""
@@ -111,7 +112,7 @@ class _Engine(Engine):
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """One step on a batch of each domain, in one pass; a new head where the state is to be checked."""
         spec, given, model = self.spec, self.given, self.given.model
-        if iteration == 1:
+        if not self.begun.up:
             self._begin()
         (ours,) = given.batches(given.original.train, spec.batch_size, "original", iteration - 1)
         (theirs,) = given.batches(given.restricted, spec.batch_size, "restricted", iteration - 1)
@@ -138,6 +139,7 @@ class _Engine(Engine):
             load_state(given.model, fresh.state_dict())
         if self.bias is not None:
             given.model.get_parameter(self.bias).zero_()
+        self.begun.up = True
 
     def _new_head(self) -> None:
         """On original training data, the rest frozen (initFC+FC)."""
@@ -161,6 +163,9 @@ class _Engine(Engine):
 
 def _bias(model: nn.Module, layer: str | None) -> str | None:
     """Name of the bias of the layer before the last activation; None where it has none, or something lies between."""
-    if layer is None or not isinstance(getattr(model.get_submodule(layer), "bias", None), nn.Parameter):
+    module = model.get_submodule(layer) if layer else None
+    # Not a normalisation's: with its shift at zero a channel's mean over both domains is zero, and for restricted
+    # images at −100 original ones would have to lie at +100.
+    if not isinstance(module, WEIGHT_LAYERS) or module.bias is None:
         return None
     return f"{layer}.bias"

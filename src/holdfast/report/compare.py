@@ -18,40 +18,41 @@ Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 
 
-def write_comparison(out: Path, found: Summaries, attack: str | None = None) -> dict[str, Any]:
+def write_comparison(out: Path, found: Summaries, attack: str) -> dict[str, Any]:
     """Write `comparison.json`, `comparison.md` and two figures into `out`; return the JSON's contents.
 
-    `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule; default: the first
-    attack that was planned. Values are means over protection seeds of means over audit seeds; ± is the sample
-    deviation over protection seeds (over audit seeds where there is one protection).
+    `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule. Values are means
+    over protection seeds of means over audit seeds; ± is the sample deviation over protection seeds (over audit seeds
+    where there is one protection).
     """
-    first = next(iter(found.values()))[0]
-    names = [a["name"] for a in first["restricted"]["attacks"]]
-    shown = attack or min(names, key=len)
-    require(shown in names, f"no attack '{shown}' in this comparison; valid: {', '.join(names)}")
-    rows = {name: _row(summaries, shown) for name, summaries in found.items()}
+    rows = {name: _row(summaries, attack) for name, summaries in found.items()}
     result = {
-        "attack": shown,
+        "attack": attack,
         "seeds": len(next(iter(found.values()))),
         "rows": rows,
-        "controls": _controls(found, shown),
+        "controls": _controls(found, attack),
     }
     write_json(out / "comparison.json", result)
     write_atomic(out / "figures" / "beneficial.png", _beneficial(rows))
-    write_atomic(out / "figures" / "malicious.png", _malicious(found, shown))
+    write_atomic(out / "figures" / "malicious.png", _malicious(found, attack))
     write_atomic(out / "comparison.md", as_markdown(result))
     return result
 
 
 def _entry(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(a for a in summary["restricted"]["attacks"] if a["name"] == name)
+    attacks = {a["name"]: a for a in summary["restricted"]["attacks"]}
+    require(name in attacks, f"no attack '{name}' in this comparison; valid: {', '.join(attacks)}")
+    found: Mapping[str, Any] = attacks[name]
     return found
 
 
 def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     worst = [s["restricted"]["worst_case"]["protected"] for s in summaries]
     ends = [_entry(s, attack) for s in summaries]
-    slc = [s["restricted"]["slc"] for s in summaries if s["restricted"]["slc"]]
+    slc: dict[str, list[float]] = {}
+    for summary in (s["restricted"] for s in summaries):
+        for series in [summary["slc"], *summary["slc_others"]] if summary["slc"] else []:
+            slc.setdefault(series["attack"], []).append(series["auc"]["protected"]["mean"])
     benign = [s["benign"]["difference"] for s in summaries if s["benign"]]
     return {
         "before": _spread([s["intactness"]["before"] for s in summaries]),
@@ -60,11 +61,11 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
         "worst_attacks": sorted({w["attack"] for w in worst}),
         "along": _spread([w["along_the_way"] for w in worst]),
-        "slc_auc": _spread([s["auc"]["protected"]["mean"] for s in slc]) if slc else None,
+        "slc_auc": {name: _spread(values) for name, values in slc.items()},
         "benign": _spread(benign) if benign else None,
         "verdicts": [s["verdict"] for s in summaries],
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
-        "memory_mb": max(s["cost"]["peak_memory_mb"] or 0.0 for s in summaries),
+        "memory_mb": max(s["cost"]["protect_peak_memory_mb"] or 0.0 for s in summaries),
     }
 
 
@@ -103,7 +104,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        slc = "–" if row["slc_auc"] is None else f"{row['slc_auc'][0]:+.2f}"
+        slc = "; ".join(f"{v[0]:+.2f} ({n})" for n, v in row["slc_auc"].items()) or "–"
         verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
         lines.append(
             f"| {name} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "

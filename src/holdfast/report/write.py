@@ -56,6 +56,7 @@ def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]
     cost = {
         "protect_seconds": round(protection["seconds"], 3) if protection else None,
         "audit_seconds": round(_cell_seconds(records) + sum(s.seconds for s in searches), 3),
+        "protect_peak_memory_mb": round(protection["peak_memory_mb"], 1) if protection else None,
         "peak_memory_mb": round(max(memory), 1) if memory else None,
     }
     return {
