@@ -83,7 +83,10 @@ class TestNTP:
         many = load_domain("digits", architecture.preprocessing)
         spec = replace(QUICK_NTP, alpha=0.0, iterations=1, retrain=1, check_every=1)
         arguments = {"architecture": architecture, "task": task, "runtime": runtime}
-        assert spec.protect(model, original, many.train, restricted_classes=10, **arguments).checks[-1]["pushed"] == 0
+        assert (
+            spec.protect(model, original, many.train, restricted_classes=10, **arguments).checks[-1]["restricted loss"]
+            == 0
+        )
         with pytest.raises(UserError, match="alpha > 0"):
             QUICK_NTP.protect(model, original, many.train, restricted_classes=10, **arguments)
 

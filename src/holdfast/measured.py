@@ -22,8 +22,8 @@ class Measured:
     """Curves (seeds, steps) of the three models under one attack, on one split.
 
     `samples` and `flops`: what the attacker had spent at each evaluation, by model. `images`: how many it has.
-    `settings`: what a search chose, by model. `dead`: models whose body got
-    no gradient in the first step, but for a last bias perhaps.
+    `settings`: what a search chose, by model. `dead`: models whose body got no gradient in the first step, but for a
+    last bias perhaps.
     """
 
     name: str

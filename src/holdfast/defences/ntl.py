@@ -134,7 +134,7 @@ class _Engine(Engine):
                 answers = model(images)
             pushed = given.task.loss(answers, others)
             distance = mmd(features, tap.value, spec.kernels, spec.factor)
-            seen.update(kept=kept.item(), pushed=pushed.item(), mmd=distance.item())
+            seen.update({"original loss": kept.item(), "restricted loss": pushed.item(), "mmd": distance.item()})
             return ntl_loss(kept, pushed, distance, spec, strength)
 
         with Tap(model, given.head()[0]) as tap, seeded(given.seed, "ntl", iteration):

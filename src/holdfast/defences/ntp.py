@@ -151,7 +151,7 @@ class _Engine(Engine):
             term = self._regulariser(features, tap.value, others)
             # With α = 0 the head need not have the restricted classes.
             pushed = given.task.loss(answers, others) if spec.alpha else torch.zeros_like(kept)
-            seen.update(kept=kept.item(), pushed=pushed.item(), **{spec.regulariser: term.item()})
+            seen.update({"original loss": kept.item(), "restricted loss": pushed.item(), spec.regulariser: term.item()})
             found = ntp_loss(kept, pushed, term, spec, strength)
             return found if self.mask.kept else found + self.admm.penalty(weights)
 

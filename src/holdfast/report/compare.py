@@ -63,6 +63,7 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "along": _spread([w["along_the_way"] for w in worst]),
         "slc_auc": {name: _spread(values) for name, values in slc.items()},
         "benign": _spread(benign) if benign else None,
+        "unprotected": sum(s.get("released") == 0 for s in summaries),
         "verdicts": [s["verdict"] for s in summaries],
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
         "memory_mb": max(s["cost"]["protect_peak_memory_mb"] or 0.0 for s in summaries),
@@ -104,10 +105,12 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
+        count = len(row["verdicts"])
+        none = f" († {row['unprotected']} of {count})" if row["unprotected"] else ""
         slc = "; ".join(f"{v[0]:+.2f} ({n})" for n, v in row["slc_auc"].items()) or "–"
         verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
         lines.append(
-            f"| {name} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "
+            f"| {name}{none} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "
             f"{_points(row['worst'])} ({'; '.join(row['worst_attacks'])}) | {_points(row['along'])} | {slc} | "
             f"{_points(row['benign'], '+')} | {verdicts} | {row['seconds']:.0f} | {row['memory_mb']:.0f} |"
         )
@@ -115,6 +118,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | | | | | |"
         )
+    if any(row["unprotected"] for row in result["rows"].values()):
+        lines += [
+            "",
+            "† no state within the tolerance on intactness was found: what was audited is the unprotected model.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -132,7 +140,7 @@ def _beneficial(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     before = mean([r["before"][0] for r in rows.values()])
     axes.axhline(100 * before, color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
     axes.set_ylabel("original metric (%)")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=8)
     return png(figure)
 
 

@@ -28,6 +28,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     facts = _facts(folder, records, searches)
     chance = facts["provenance"]["restricted"]["chance"]
     summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
+    if facts["protection"]:
+        summary["released"] = facts["protection"].get("released")  # 0: no state within tolerance, the model as it was
     pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
