@@ -203,8 +203,8 @@ def test_presets_in_another_order_and_another_spelling_of_the_folder(
 def test_a_defence_that_found_nothing_within_tolerance_is_marked(compared: Path) -> None:
     """Its row is that of the clean model: no result of the defence."""
     summaries = [json.loads((compared / f"seed-{s}" / "ntl" / "summary.json").read_text()) for s in (0, 1)]
-    assert all(s["released"] for s in summaries)
-    marked = [{**s, "released": 0} if i else s for i, s in enumerate(summaries)]
+    assert all(s["protection"]["released"] for s in summaries)
+    marked = [{**s, "protection": {**s["protection"], "released": 0}} if i else s for i, s in enumerate(summaries)]
     table = as_markdown(write_comparison(compared / "marked", {"ntl": marked}, "plain"))
     assert "| ntl († 1 of 2) |" in table
     assert table.splitlines()[-1].startswith("† no state within the tolerance")

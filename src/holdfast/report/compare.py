@@ -49,6 +49,7 @@ def _entry(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     worst = [s["restricted"]["worst_case"]["protected"] for s in summaries]
     ends = [_entry(s, attack) for s in summaries]
+    protections = [s["protection"] for s in summaries]
     slc: dict[str, list[float]] = {}
     for summary in (s["restricted"] for s in summaries):
         for series in [summary["slc"], *summary["slc_others"]] if summary["slc"] else []:
@@ -63,10 +64,10 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "along": _spread([w["along_the_way"] for w in worst]),
         "slc_auc": {name: _spread(values) for name, values in slc.items()},
         "benign": _spread(benign) if benign else None,
-        "unprotected": sum(s.get("released") == 0 for s in summaries),
+        "unprotected": sum(p["released"] == 0 for p in protections),
         "verdicts": [s["verdict"] for s in summaries],
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
-        "memory_mb": max(s["cost"]["protect_peak_memory_mb"] or 0.0 for s in summaries),
+        "memory_mb": max(p["peak_memory_mb"] for p in protections),
     }
 
 

@@ -28,8 +28,10 @@ def write_report(folder: Path) -> dict[str, Any]:
     facts = _facts(folder, records, searches)
     chance = facts["provenance"]["restricted"]["chance"]
     summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
-    if facts["protection"]:
-        summary["released"] = facts["protection"].get("released")  # 0: no state within tolerance, the model as it was
+    if facts[
+        "protection"
+    ]:  # `released`: an iteration; 0 where no state within tolerance was better than the model as it was
+        summary["protection"] = {n: facts["protection"].get(n) for n in ("released", "rollbacks", "peak_memory_mb")}
     pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
@@ -58,7 +60,6 @@ def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]
     cost = {
         "protect_seconds": round(protection["seconds"], 3) if protection else None,
         "audit_seconds": round(_cell_seconds(records) + sum(s.seconds for s in searches), 3),
-        "protect_peak_memory_mb": round(protection["peak_memory_mb"], 1) if protection else None,
         "peak_memory_mb": round(max(memory), 1) if memory else None,
     }
     return {
