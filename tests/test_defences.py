@@ -124,9 +124,8 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", sorted(DEFENCES.keys() - {"identity"}))
-@pytest.mark.parametrize("share", [0.3, 0.8])
 def test_killed_and_resumed_is_undisturbed(
-    name, share, clean_state, original, restricted, architecture, task, runtime, tmp_path, monkeypatch
+    name, clean_state, original, restricted, architecture, task, runtime, tmp_path, monkeypatch
 ) -> None:
     """Whatever a defence keeps beside the model must be in its engine's states."""
     from holdfast.defences import base
@@ -138,7 +137,7 @@ def test_killed_and_resumed_is_undisturbed(
 
     def until(model, states, iterate, *, iterations, **others):
         def dying(i, strength):
-            if i > max(1, round(share * iterations)):
+            if i > max(1, round(0.8 * iterations)):
                 raise Killed
             return iterate(i, strength)
 

@@ -159,11 +159,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_weights(path: str | Path) -> State:
     """Weights from `.safetensors`, or from a state dict that `torch.load(weights_only=True)` accepts.
 
-    The wrappers `state_dict`, `model`, `model_state_dict` and the prefix `module.` are taken off. For a bundle's
-    folder see `bundle.read_weights`. No code in the file is ever run. Raises `UserError` for a file that is missing,
-    truncated or holds anything but tensors.
+    `path` may be a bundle's folder (`bundle.read_weights` checks that it is whole). The wrappers `state_dict`, `model`,
+    `model_state_dict` and the prefix `module.` are taken off. No code in the file is ever run. Raises `UserError` for a
+    file that is missing, truncated or holds anything but tensors.
     """
     file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / "model.safetensors"
     require(file.is_file(), f"weights not found: {file}")
     if file.suffix == ".safetensors":
         try:
