@@ -70,6 +70,13 @@ class TestBatteries:
         assert any(t.schedule == "cosine" and t.warmup for t in tunings)
         assert max(a.budget for a in battery("standard").attacks) == 4
 
+    def test_slc_is_one_attack_on_six_shares_with_the_mask_and_without(self) -> None:
+        found = battery("slc").within(100)
+        shares = {0.01, 0.05, 0.1, 0.2, 0.5, 1.0}
+        assert {(a.fraction, a.tuning.keep_zeros) for a in found} == {(f, m) for f in shares for m in (True, False)}
+        assert len({replace(a.tuning, keep_zeros=False) for a in found}) == 1
+        assert found[0].fraction == 1, "a comparison has a column for it"
+
     @pytest.mark.parametrize("name", sorted(BATTERIES.keys() - {"own"}))
     def test_every_attack_says_what_it_needs_and_costs(self, name: str) -> None:
         attacks = battery(name).within(100)

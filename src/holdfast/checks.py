@@ -200,6 +200,6 @@ def _whole(seen: Evidence) -> Check:
 
 
 def _battery(seen: Evidence) -> Check:
-    own = seen.battery.startswith("own-")
-    said = "the recipe's own attacks alone: no battery" if own else seen.battery or "not known"
-    return Check("the attacks are a battery's", not own, said)
+    narrow = {"own": "the recipe's own attacks alone: no battery", "slc": "one attack on shares of the data"}
+    why = narrow.get(seen.battery.partition("-v")[0])
+    return Check("the attacks are a battery's", why is None, why or seen.battery or "not known")

@@ -179,6 +179,13 @@ _INFORMED = (
     _edited("everything undone", FoldBatchNorm(), Rebalance(), LeakyActivations(), ShiftBiases(), informed=True),
 )
 
+# NTP's own experiment, fine-tuning on shares of the data with the mask kept, and beside it the one that it left out.
+_MASK = tuple(
+    _attack("initFC+all", f" · mask {how}{share}", fraction=f, keep_zeros=how == "kept", **_ADAM)
+    for how in ("kept", "ignored")
+    for f, share in ((1.0, ""), *((f, f" · {f:.0%} of data") for f in FRACTIONS))
+)
+
 # For recipes that repeat somebody's own evaluation. Whatever it says, no claim rests on it: see `checks`.
 OWN = Battery("own", 1, "none but the recipe's own attacks", ())
 
@@ -187,6 +194,7 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
         b.name: b
         for b in (
             OWN,
+            Battery("slc", 1, "NTP's sample-wise learning curve, with the mask kept and ignored", _MASK),
             Battery("paper-default", 1, "the three strategies of SOPHON's Table 1 at its default attack", _TABLE_1),
             Battery(
                 "paper",

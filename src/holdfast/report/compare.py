@@ -50,10 +50,6 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     worst = [s["restricted"]["worst_case"]["protected"] for s in summaries]
     ends = [_entry(s, attack) for s in summaries]
     protections = [s["protection"] for s in summaries]
-    slc: dict[str, list[float]] = {}
-    for summary in (s["restricted"] for s in summaries):
-        for series in [summary["slc"], *summary["slc_others"]] if summary["slc"] else []:
-            slc.setdefault(series["attack"], []).append(series["auc"]["protected"]["mean"])
     benign = [s["benign"]["difference"] for s in summaries if s["benign"]]
     return {
         "before": _spread([s["intactness"]["before"] for s in summaries]),
@@ -62,13 +58,22 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
         "worst_attacks": sorted({w["attack"] for w in worst}),
         "along": _spread([w["along_the_way"] for w in worst]),
-        "slc_auc": {name: _spread(values) for name, values in slc.items()},
+        "slc_auc": _areas(summaries, "protected"),
         "benign": _spread(benign) if benign else None,
         "unprotected": sum(p["released"] == 0 for p in protections),
         "verdicts": [s["verdict"] for s in summaries],
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
         "memory_mb": max(p["peak_memory_mb"] for p in protections),
     }
+
+
+def _areas(summaries: Sequence[Mapping[str, Any]], model: str) -> dict[str, list[float]]:
+    """SLC-AUC of `model` under every attack that was run on shares of the data."""
+    found: dict[str, list[float]] = {}
+    for summary in (s["restricted"] for s in summaries):
+        for series in [summary["slc"], *summary["slc_others"]] if summary["slc"] else []:
+            found.setdefault(series["attack"], []).append(series["auc"][model]["mean"])
+    return {name: _spread(values) for name, values in found.items()}
 
 
 def _spread(values: Sequence[float], within: float = 0.0) -> list[float]:
@@ -87,12 +92,17 @@ def _controls(found: Summaries, attack: str) -> dict[str, Any]:
             "attack": _spread([a[model][-1] for a in ends], ends[0]["deviation"][model][-1]),
             "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
             "along": _spread([w["along_the_way"] for w in worst]),
+            "slc_auc": _areas(summaries, model) if model == "clean" else {},  # of scratch: 0, by definition
         }
     return controls
 
 
 def _points(value: Sequence[float] | None, sign: str = "") -> str:
     return "–" if value is None else f"{100 * value[0]:{sign}.1f} ± {100 * value[1]:.1f}"
+
+
+def _slc(areas: Mapping[str, Sequence[float]]) -> str:
+    return "; ".join(f"{v[0]:+.2f} ± {v[1]:.2f} ({n})" for n, v in areas.items())
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
@@ -108,16 +118,17 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for name, row in result["rows"].items():
         count = len(row["verdicts"])
         none = f" († {row['unprotected']} of {count})" if row["unprotected"] else ""
-        slc = "; ".join(f"{v[0]:+.2f} ({n})" for n, v in row["slc_auc"].items()) or "–"
         verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
         lines.append(
             f"| {name}{none} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "
-            f"{_points(row['worst'])} ({'; '.join(row['worst_attacks'])}) | {_points(row['along'])} | {slc} | "
-            f"{_points(row['benign'], '+')} | {verdicts} | {row['seconds']:.0f} | {row['memory_mb']:.0f} |"
+            f"{_points(row['worst'])} ({'; '.join(row['worst_attacks'])}) | {_points(row['along'])} | "
+            f"{_slc(row['slc_auc']) or '–'} | {_points(row['benign'], '+')} | {verdicts} | {row['seconds']:.0f} | "
+            f"{row['memory_mb']:.0f} |"
         )
     for name, row in result["controls"].items():
         lines.append(
-            f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | | | | | |"
+            f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | "
+            f"{_slc(row['slc_auc'])} | | | | |"
         )
     if any(row["unprotected"] for row in result["rows"].values()):
         lines += [
