@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from holdfast.errors import UserError
-from holdfast.separation import fisher_ratio, mmd
+from holdfast.separation import a_distance, fisher_ratio, mmd
 
 
 class TestFisherRatio:
@@ -75,3 +75,22 @@ class TestMMD:
             mmd(torch.zeros(2, 2), torch.zeros(2, 2), kernels=0)
         with pytest.raises(UserError, match="shape"):
             mmd(torch.zeros(2), torch.zeros(2))
+
+
+class TestADistance:
+    def test_two_where_a_plane_tells_them_apart_and_about_zero_where_nothing_does(self) -> None:
+        points = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+        assert a_distance(points[:100], points[100:] + 100) == pytest.approx(2)
+        assert abs(a_distance(points[:100], points[100:])) < 0.5
+
+    def test_by_hand(self) -> None:
+        """One feature, ±1: three in four of the first have +1, three in four of the second −1. The best guess is wrong
+        for a quarter of both, so 2·(1 − 2/4) = 1; also where the first are twice as many."""
+        first, second = torch.ones(80, 1), -torch.ones(80, 1)
+        first[::4], second[::4] = -1, 1
+        assert a_distance(first, second) == pytest.approx(1)
+        assert a_distance(first.repeat(2, 1), second) == pytest.approx(1)
+
+    def test_too_few(self) -> None:
+        with pytest.raises(UserError, match="2 ≤ folds ≤ 3"):
+            a_distance(torch.zeros(3, 2), torch.zeros(9, 2))

@@ -54,6 +54,27 @@ def mmd(first: Tensor, second: Tensor, kernels: int = 5, factor: float = 2.0) ->
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
+def a_distance(first: Tensor, second: Tensor, folds: int = 5) -> float:
+    """Proxy A-distance between two samples (Ben-David et al., NeurIPS 2006): 2·(1 − 2·ε), with ε the error of a linear
+    classifier (logistic regression on standardised features, `folds`-fold cross-validation) that tells them apart.
+
+    2 where they are separable; about 0, by chance below, where they are alike. `first`: (n, …), `second`: (m, …),
+    flattened; ε is the mean over both classes' own errors, so that sizes need not be equal. Without gradient.
+    """
+    from sklearn.linear_model import LogisticRegression  # a second to import: not in every worker
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    least = min(len(first), len(second))
+    require(2 <= folds <= least, f"a_distance needs 2 ≤ folds ≤ {least}, the smaller sample, but got {folds}")
+    x = torch.cat([_flat(first), _flat(second)]).detach().cpu().numpy()
+    y = torch.cat([torch.zeros(len(first)), torch.ones(len(second))]).numpy()
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+    right = cross_val_score(classifier, x, y, cv=folds, scoring="balanced_accuracy").mean()
+    return float(2 * (2 * right - 1))
+
+
 def _flat(features: Tensor) -> Tensor:
     require(features.ndim >= 2, f"features must have shape (n, …), but got {tuple(features.shape)}")
     return features.flatten(1).float()
