@@ -1,8 +1,8 @@
 """How alike two domains are, against what a defence did: `python benchmarks/similarity.py RUN [RUN …]`.
 
-For each run MMD² and the proxy A-distance between the original and the restricted domain, on up to 500 validation images
-of each, in what goes into the clean model's head; beside them SLC-AUC of the clean and of the protected model; over
-three or more runs, the rank correlation of each measure with each area.
+For each run MMD² and the proxy A-distance between the original and the restricted domain, on up to 500 validation
+images of each, in what goes into the clean model's head; beside them SLC-AUC of the clean and of the protected model;
+over three or more runs, the rank correlation of each measure with each area.
 """
 
 from __future__ import annotations
