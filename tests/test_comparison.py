@@ -129,6 +129,11 @@ def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) 
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     with pytest.raises(UserError, match="differ in audit; only the defence may differ"):
         plan_comparison(tmp_path / "other.yaml", [], [], 1, tmp_path)
+    for name in ("a/b", "..", "clean"):
+        raw["presets"] = {name: {}}
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
+        with pytest.raises(UserError, match="named as its folder"):
+            plan_comparison(tmp_path / "other.yaml", [], [], 1, tmp_path)
     del raw["presets"]
     (tmp_path / "none.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match="no presets to compare"):

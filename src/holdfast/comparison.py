@@ -18,6 +18,8 @@ from holdfast.pipeline import Run
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, find_recipe, load_recipe
 
+TAKEN = ("..", "clean", "pretraining")  # in the folder of a seed
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,6 +49,11 @@ def plan_comparison(
     known = presets_of(source)
     chosen = list(presets) or known
     require(bool(chosen), f"{source} has no presets to compare; each lays a `defence` over the recipe")
+    for name in chosen:
+        require(
+            Path(name).name == name and name not in TAKEN,
+            f"a compared preset is named as its folder: without /, and none of {', '.join(TAKEN)}; got '{name}'",
+        )
     require(len(set(chosen)) == len(chosen), f"a preset is named twice: {', '.join(chosen)}")
     require(seeds >= 1, f"a comparison needs at least 1 seed, but got {seeds}")
     require(
