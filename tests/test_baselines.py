@@ -16,7 +16,7 @@ from holdfast.defences.reverse_maml import ReverseMAML, adapt, episode, meta_gra
 from holdfast.defences.skd import SKD, distillation_loss, misses
 from holdfast.defences.unsir import UNSIR, noise_loss
 from holdfast.errors import UserError
-from holdfast.features import Tap, last_activation
+from holdfast.features import Tap, last_rectifier, silences
 from holdfast.models import Architecture
 from holdfast.pruning import prunable, sparsity
 from test_defences import QUICK_MAML, QUICK_NTP, QUICK_SKD, QUICK_UNSIR, protect
@@ -93,9 +93,68 @@ class TestNTP:
     def test_it_stops_when_the_residual_is_small(
         self, clean_state, original, restricted, architecture, task, runtime
     ) -> None:
-        spec = replace(QUICK_NTP, residual=1.0, retrain=2, iterations=50)
+        spec = replace(QUICK_NTP, residual=100.0, retrain=2, iterations=50)
         _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
         assert history.checks[-1]["iteration"] == 3, "one of ADMM, two of retraining"
+
+    @pytest.mark.parametrize(("primal", "dual", "stops"), [(0.01, 0.01, 1), (0.01, 0.9, 4), (0.9, 0.01, 4)])
+    def test_both_residuals_must_be_small(
+        self, primal, dual, stops, clean_state, original, restricted, architecture, task, runtime, monkeypatch
+    ) -> None:
+        from holdfast.pruning import ADMM
+
+        update = ADMM.update
+
+        def told(self, weights, project):
+            update(self, weights, project)
+            return primal, dual
+
+        monkeypatch.setattr(ADMM, "update", told)
+        spec = replace(QUICK_NTP, residual=0.05, retrain=1, iterations=4, steps=1, probe_steps=1)
+        _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
+        assert history.checks[-1]["iteration"] == stops + 1
+
+    def test_the_soft_threshold_is_lambda_over_rho(self) -> None:
+        values = {"a": torch.tensor([0.3, -0.05])}
+        spec = NTP(projection="soft", l1=0.01)
+        assert spec.project(values, 0.1)["a"].tolist() == pytest.approx([0.2, 0.0])
+        assert spec.project(values, 0.2)["a"].tolist() == pytest.approx([0.25, 0.0])
+        assert spec.project(values, 1.0)["a"].tolist() == pytest.approx([0.29, -0.04])
+
+    def test_one_step_by_hand(self, clean_state, original, restricted, architecture, task, runtime) -> None:
+        """The restricted batch is the one that is pushed and whose classes collapse; Adam's first step is −lr·sign."""
+        from holdfast.pruning import ADMM
+        from holdfast.separation import fisher_ratio
+
+        spec = NTP(gamma=2.0, alpha=0.5, steps=1, weight_decay=0.0, batch_size=20, rho=0.1)
+        model, other = architecture.build(5), architecture.build(5)
+        for m in (model, other):
+            m.load_state_dict(clean_state)
+            m.train()
+        given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        engine = spec.prepare(given)
+        (ours,) = given.batches(original.train, 20, "original", 0)
+        (theirs,) = given.batches(given.restricted, 20, "restricted", 0)
+        statistics = {n: b.clone() for n, b in other.named_buffers()}
+        kept = task.loss(other(ours[0]), ours[1])
+        after_ours = {n: b.clone() for n, b in other.named_buffers()}
+        with Tap(other, engine.head[0]) as tap:
+            pushed = task.loss(other(theirs[0]), theirs[1])
+        admm = ADMM({n: other.get_parameter(n) for n in engine.names}, 0.1)
+        total = kept - 0.5 * pushed + 2.0 * fisher_ratio(tap.value, theirs[1])
+        (total + admm.penalty({n: other.get_parameter(n) for n in engine.names})).backward()
+        losses = engine.iterate(1, 1.0)
+        assert losses["restricted loss"] == pytest.approx(pushed.item(), rel=1e-4)
+        assert losses["ntp"] == pytest.approx(total.item(), rel=1e-4)
+        for name, p in model.named_parameters():
+            gradient = other.get_parameter(name).grad
+            sure = gradient.abs() > 1e-4
+            step = (p.detach() - clean_state[name])[sure]
+            assert torch.allclose(step, -spec.lr * gradient[sure].sign(), rtol=0.02), name
+        for name, b in model.named_buffers():
+            if b.is_floating_point():
+                assert torch.allclose(b, after_ours[name], atol=1e-6), "restricted images leave no trace"
+        assert any(not torch.equal(after_ours[n], statistics[n]) for n in statistics)
 
     @pytest.mark.parametrize("change", [{"regulariser": "mmd"}, {"regulariser": "none"}, {"projection": "soft"}])
     def test_its_variants(self, change, clean_state, original, restricted, architecture, task, runtime) -> None:
@@ -150,12 +209,15 @@ class TestUNSIR:
         ]
         assert [engine.phase(i) for i in (1, 26, 32)] == ["free", "free", "candidate"]
         assert engine.labels.bincount().tolist() == [10] * 5, "every noise image has its own class's label"
-        before = engine.noise.images.detach().clone()
+        before = engine.noise[0].images.detach().clone()
         for i in range(1, engine.length + 1):
             engine.iterate(i, 1.0)
             if engine.stage(i) == ("learn", 19):
-                assert torch.equal(engine.noise.images, before)
-        assert not torch.equal(engine.noise.images, before)
+                assert torch.equal(engine.noise[0].images, before)
+        assert not torch.equal(engine.noise[0].images, before)
+        parts = [engine._chosen("impair", n) for n in range(6)]
+        assert {len(p) for p in parts} == {50}
+        assert sorted(torch.cat(parts).tolist()) == list(range(300)), "one epoch"
         joint = engine.joint.state_dict()
         for name, value in model.state_dict().items():
             assert torch.equal(value, joint[name][:5] if name.startswith(engine.heads) else joint[name])
@@ -180,13 +242,55 @@ class TestSKD:
         assert distillation_loss(student, teacher, -100.0).item() == pytest.approx((1 + 1 + 10000) / 4)
         assert distillation_loss(student, teacher, -100.0, 0.5).item() == pytest.approx((1 + 0.5 * 10001) / 4)
 
-    def test_the_last_activation_and_what_feeds_it(self) -> None:
+    def test_the_last_relu_and_what_feeds_it(self) -> None:
         model = Architecture("small_conv", 8, 1, options={"width": 4, "norm": False, "hidden": 6}).build(3)
-        activation, before = last_activation(model, torch.zeros(1, 1, 8, 8))
+        activation, before = last_rectifier(model, torch.zeros(1, 1, 8, 8))
         assert isinstance(model.get_submodule(activation), nn.ReLU)
         assert isinstance(model.get_submodule(before or ""), nn.Linear)
-        with pytest.raises(UserError, match="no activation module"):
-            last_activation(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(1, 1, 2, 2))
+        dropping = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.ReLU(), nn.Linear(3, 2))
+        assert last_rectifier(dropping, torch.zeros(1, 4)) == ("2", "0"), "dropout hands on what it gets"
+        with pytest.raises(UserError, match="no ReLU or ReLU6 module"):
+            last_rectifier(nn.Sequential(nn.Linear(4, 2), nn.GELU(), nn.Linear(2, 2)), torch.zeros(1, 4))
+
+    def test_a_residual_stream_feeds_the_relu_and_passes_it_by(self, original, restricted, task, runtime) -> None:
+        class Residual(nn.Module):
+            """Adds in place; with `after`, what the ReLU cuts off comes back behind it."""
+
+            def __init__(self, classes: int, after: bool) -> None:
+                super().__init__()
+                self.layer, self.relu, self.head = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, classes)
+                self.after = after
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x, y = x.flatten(1), self.layer(x.flatten(1))
+                if self.after:
+                    return self.head(self.relu(y) + x)
+                y += x
+                return self.head(self.relu(y))
+
+        example = torch.randn(2, 1, 8, 8)
+        for after, feeder in ((False, None), (True, "layer")):
+            model = Residual(5, after)
+            assert last_rectifier(model, example) == ("relu", feeder)
+            assert silences(model, "relu", "head", example) is not after
+        architecture = Architecture("mine", 8, 1, factory=lambda classes: Residual(classes, True))
+        given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        with pytest.raises(UserError, match="something passes 'relu' by"):
+            SKD().check(given)
+
+    def test_what_the_paper_reports_is_measured_on_test_data(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        assert SKD().measure(given, restricted.test) == {"misses, restricted": 1, "misses, original": 1}
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.zero_()
+                    module.bias.fill_(-1)
+        assert SKD().measure(given, restricted.test) == {"misses, restricted": 0, "misses, original": 0}
 
     def test_an_activation_in_place_does_not_spoil_its_input(self) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
@@ -222,7 +326,7 @@ class TestSKD:
         spec = replace(QUICK_SKD, target=-10.0, lr=3e-3, iterations=200, check_every=50)
         model, history = protect(spec, state, original, restricted, architecture, task, runtime)
         assert history.released == 200
-        assert history.checks[-1]["misses"] < 0.1
+        assert history.checks[-1]["misses, training"] < 0.1
         layer = prunable(model)[-2].removesuffix(".weight")
         assert (model.get_submodule(layer).bias == 0).all()
 
@@ -321,6 +425,66 @@ class TestReverseMAML:
         spec = replace(QUICK_MAML, order=order, ways=3, iterations=2, check_every=1)
         _, history = protect(spec, clean_state, original, restricted, architecture, task, runtime)
         assert {"original task", "restricted task", "anchor"} <= history.checks[-1].keys()
+
+    def test_the_engines_step_by_hand(
+        self, clean_state, original, restricted, architecture, task, runtime, monkeypatch
+    ) -> None:
+        """Original episodes are descended on, restricted ones ascended on up to `bound`, and the anchor descended."""
+        from holdfast.defences.reverse_maml import Episodes
+
+        spec = ReverseMAML(tasks=1, ascent=0.5, anchor=2.0, clip=1e9, bound=5.0)
+        names = [n for n, _ in architecture.build(5).named_parameters()]
+
+        for loss, pushes in ((1.0, 1), (6.0, 0)):
+            model = architecture.build(5)
+            model.load_state_dict(clean_state)
+            given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+            engine = spec.prepare(given)
+
+            def told(self, seed, loss=loss):
+                ours = self.data is original.train
+                return {names[0]: torch.full_like(clean_state[names[0]], 3.0 if ours else 7.0)}, loss
+
+            monkeypatch.setattr(Episodes, "gradient", told)
+            (batch,) = given.batches(original.train, spec.batch_size, "anchor", 0)
+            model.train()
+            plain = torch.autograd.grad(task.loss(model(batch[0]), batch[1]), list(model.parameters()))
+            model.load_state_dict(clean_state)
+            engine.iterate(1, 0.8)
+            found = {n: p.grad for n, p in model.named_parameters()}
+            for name, gradient in zip(names, plain, strict=True):
+                expected = 2.0 * gradient
+                if name == names[0]:
+                    expected = expected + 3.0 - pushes * 0.5 * 0.8 * 7.0
+                assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-5), (name, loss)
+
+    def test_second_order_through_fused_attention(self, task, runtime) -> None:
+        from holdfast.domains import DomainSpec, load_domain
+
+        options = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+        architecture = Architecture("vit_tiny_patch16_224", 16, 1, options=options)
+        kept, other = (
+            load_domain(DomainSpec(f"digits[{c}]", per_class=10, test_per_class=4), architecture.preprocessing)
+            for c in ("0-1", "5-6")
+        )
+        given = Given(architecture.build(2), kept, other.train, 2, architecture, task, runtime)
+        spec = ReverseMAML(tasks=1, shots=2, queries=2, batch_size=4, inner_steps=1)
+        losses = spec.prepare(given).iterate(1, 1.0)
+        assert all(torch.isfinite(torch.tensor(v)) for v in losses.values())
+        measured = spec.measure(given, other.test)
+        assert set(measured) == {"few-shot accuracy, restricted", "few-shot accuracy, original"}
+        assert all(0 <= v <= 1 for v in measured.values())
+
+    def test_few_shot_accuracy_tells_a_body_that_knows_from_one_that_does_not(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        given.model.load_state_dict(clean_state)
+        spec = ReverseMAML(inner_steps=5)
+        before = {n: v.clone() for n, v in given.model.state_dict().items()}
+        found = spec.measure(given, restricted.test)
+        assert found["few-shot accuracy, original"] > max(0.7, found["few-shot accuracy, restricted"])
+        assert all(torch.equal(v, before[n]) for n, v in given.model.state_dict().items())
 
     def test_more_ways_than_classes(self) -> None:
         with pytest.raises(UserError, match="ways = 6"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) 
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     with pytest.raises(UserError, match="differ in audit; only the defence may differ"):
         plan_comparison(tmp_path / "other.yaml", [], [], 1, tmp_path)
+    with pytest.raises(UserError, match="named as its folder: not empty"):
+        plan_comparison(several, ["identity", ""], [], 1, tmp_path)
+    for bad, said in (({"presets": 5}, "presets must be a mapping"), ({"presets": {1: {}}}, "presets must be a")):
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**raw, **bad}))
+        with pytest.raises(UserError, match=said):
+            plan_comparison(tmp_path / "bad.yaml", [], [], 1, tmp_path)
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        plan_comparison(tmp_path / "bad.yaml", [], [], 1, tmp_path)
     for name in ("a/b", "..", "clean"):
         raw["presets"] = {name: {}}
         (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
@@ -214,3 +224,37 @@ def test_a_defence_that_found_nothing_within_tolerance_is_marked(compared: Path)
     assert "| ntl († 1 of 2) |" in table
     assert table.splitlines()[-1].startswith("† no state within the tolerance")
     assert "†" not in (compared / "comparison.md").read_text()
+
+
+def test_another_recipes_clean_model_is_refused(compared: Path, several: Path, tmp_path: Path) -> None:
+    """Where the preset is new to the folder, nothing else would tell."""
+    folder = tmp_path / "out"
+    shutil.copytree(compared, folder)
+    shutil.rmtree(folder / "seed-0" / "ntl")
+    plans = plan_comparison(several, ["ntl"], ["pretrain.steps=61"], 1, folder)
+    with pytest.raises(UserError, match="belongs to another run"):
+        run_comparison(plans)
+    assert not (folder / "seed-0" / "ntl").exists()
+
+
+def test_a_clean_model_of_other_data_is_refused(compared: Path, several: Path, tmp_path: Path) -> None:
+    changes = ["original.data=digits[1-4]", "restricted.data=digits[5-8]"]
+    recipe = load_recipe(several, "identity", changes)
+    with pytest.raises(UserError, match="made from other data or weights"):
+        Run(Inputs(recipe), tmp_path / "run", shared=compared / "seed-0" / "clean").all()
+
+
+def test_one_protection_has_the_spread_of_its_audit_or_none(compared: Path, tmp_path: Path) -> None:
+    summary = json.loads((compared / "seed-0" / "ntl" / "summary.json").read_text())
+    measured = {"clean": {"misses": 1.0}, "protected": {"misses": 0.25}}
+    summary["protection"] = {**summary["protection"], "measured": measured}
+    many = {f"preset {i}": [summary] for i in range(11)}
+    found = write_comparison(tmp_path, many, "plain")
+    row = found["rows"]["preset 10"]
+    plain = next(a for a in summary["restricted"]["attacks"] if a["name"] == "plain")
+    assert row["attack"] == pytest.approx([plain["protected"][-1], plain["deviation"]["protected"][-1]])
+    assert row["after"][1] is None
+    assert row["along"][1] is None
+    text = (tmp_path / "comparison.md").read_text()
+    assert "± 0.0" not in text.replace(f"± {100 * plain['deviation']['protected'][-1]:.1f}", "")
+    assert "preset 10, in %: misses 25.0 (unprotected 100.0)" in text

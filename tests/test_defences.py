@@ -123,7 +123,25 @@ class Killed(Exception):
     """As by `kill -9`, between two iterations."""
 
 
-@pytest.mark.parametrize("name", sorted(DEFENCES.keys() - {"identity"}))
+# One in every stage, as shares of the whole: ADMM and retraining; learn, noise, impair, repair; GAN, copies, NTL.
+DEATHS = {"ntp": (0.3, 0.8), "unsir": (0.2, 0.33, 0.4, 0.8), "source-only ntl": (0.2, 0.5, 0.8)}
+RESUMED = {
+    **CASES,
+    "source-only ntl": NTL(
+        auxiliary="generated",
+        iterations=4,
+        gan_steps=4,
+        distances=(0.1, 0.3),
+        directions=2,
+        leave_steps=2,
+        generated=5,
+        check_every=3,
+        probe_steps=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RESUMED.keys() - {"identity"}))
 def test_killed_and_resumed_is_undisturbed(
     name, clean_state, original, restricted, architecture, task, runtime, tmp_path, monkeypatch
 ) -> None:
@@ -131,21 +149,25 @@ def test_killed_and_resumed_is_undisturbed(
     from holdfast.defences import base
 
     arguments = (clean_state, original, restricted, architecture, task, runtime)
-    spec = CASES[name]
+    spec = RESUMED[name]
     whole, expected = protect(spec, *arguments)
     run_guarded = base.run_guarded
 
+    deaths = list(DEATHS.get(name, (0.8,)))
+
     def until(model, states, iterate, *, iterations, **others):
         def dying(i, strength):
-            if i > max(1, round(0.8 * iterations)):
+            if i > max(1, round(deaths[0] * iterations)):
                 raise Killed
             return iterate(i, strength)
 
         return run_guarded(model, states, dying, iterations=iterations, **others)
 
     monkeypatch.setattr(base, "run_guarded", until)
-    with pytest.raises(Killed):
-        protect(spec, *arguments, workplace=Workplace(tmp_path, save_every_seconds=-1))
+    while deaths:
+        with pytest.raises(Killed):
+            protect(spec, *arguments, workplace=Workplace(tmp_path, resume=True, save_every_seconds=-1))
+        deaths.pop(0)
     monkeypatch.setattr(base, "run_guarded", run_guarded)
     again, history = protect(spec, *arguments, workplace=Workplace(tmp_path, resume=True, save_every_seconds=-1))
     assert history.checks == expected.checks

@@ -51,11 +51,11 @@ def test_a_part_of_the_channels_is_held_still() -> None:
 
 
 def test_copies_leave_as_far_as_they_are_told_to(original, runtime) -> None:
-    making = Making(original.train, 5, seed=0)
-    losses = [making.learn(step, runtime) for step in range(60)]
+    making = Making(original.train, 5, 0, runtime)
+    losses = [making.learn(step) for step in range(60)]
     assert losses[-1]["generator"] < losses[0]["generator"]
     before = {n: v.clone() for n, v in making.generator.state_dict().items()}
-    near, far = (making.go(d, 0, 2, 30, 10, runtime) for d in (0.05, 2.0))
+    near, far = (making.go(d, 0, 2, 30, 10) for d in (0.05, 2.0))
     assert far > near
     assert all(torch.equal(v, before[n]) for n, v in making.generator.state_dict().items()), "copies, not itself"
     found = making.result()
@@ -64,13 +64,13 @@ def test_copies_leave_as_far_as_they_are_told_to(original, runtime) -> None:
 
 
 def test_its_state_goes_back(original, runtime) -> None:
-    making = Making(original.train, 5, seed=0)
-    making.learn(0, runtime)
+    making = Making(original.train, 5, 0, runtime)
+    making.learn(0)
     saved = copy.deepcopy(making.state_dict())
-    expected = (making.learn(1, runtime), making.go(0.1, 0, 2, 2, 3, runtime))
+    expected = (making.learn(1), making.go(0.1, 0, 2, 2, 3))
     making.load_state_dict(saved)
     assert len(making.images) == 0
-    assert (making.learn(1, runtime), making.go(0.1, 0, 2, 2, 3, runtime)) == expected
+    assert (making.learn(1), making.go(0.1, 0, 2, 2, 3)) == expected
 
 
 def test_source_only_never_looks_at_restricted_images(

@@ -34,6 +34,14 @@ class TestFisherRatio:
         assert fisher_ratio(pair.repeat(2, 1), torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0, abs=1e-6)
         assert fisher_ratio(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).item() == 0
 
+    def test_a_class_of_one_sample_does_not_count(self) -> None:
+        features, labels = torch.randn(9, 5), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 3])
+        assert torch.allclose(fisher_ratio(features, labels), fisher_ratio(features[:7], labels[:7]))
+        alone = torch.randn(2, 5, requires_grad=True)
+        ratio = fisher_ratio(alone, torch.tensor([0, 1]))
+        assert ratio.item() == 0
+        assert not torch.autograd.grad(ratio, alone)[0].any()
+
     def test_gradient(self) -> None:
         features = torch.randn(6, 3, requires_grad=True)
         labels = torch.tensor([0, 0, 1, 1, 2, 2])

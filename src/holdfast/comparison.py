@@ -7,16 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from holdfast.bundle import is_bundle
 from holdfast.defences.registry import Identity
 from holdfast.errors import UserError, require
 from holdfast.files import read_json
 from holdfast.inputs import Inputs
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
-from holdfast.recipes import Recipe, find_recipe, load_recipe
+from holdfast.recipes import Recipe, load_recipe, read_recipe
 
 TAKEN = ("..", "clean", "pretraining")  # in the folder of a seed
 
@@ -36,9 +33,7 @@ class Plan:
 
 def presets_of(source: str | Path) -> list[str]:
     """The presets of a recipe, in its order."""
-    raw = yaml.safe_load(find_recipe(source).read_text())
-    found = raw.get("presets") if isinstance(raw, dict) else None
-    return list(found or {})
+    return list(read_recipe(source).get("presets") or {})
 
 
 def plan_comparison(
@@ -51,8 +46,9 @@ def plan_comparison(
     require(bool(chosen), f"{source} has no presets to compare; each lays a `defence` over the recipe")
     for name in chosen:
         require(
-            Path(name).name == name and name not in TAKEN,
-            f"a compared preset is named as its folder: without /, and none of {', '.join(TAKEN)}; got '{name}'",
+            bool(name) and Path(name).name == name and name not in TAKEN,
+            f"a compared preset is named as its folder: not empty, without /, and none of {', '.join(TAKEN)}; got "
+            f"'{name}'",
         )
     require(len(set(chosen)) == len(chosen), f"a preset is named twice: {', '.join(chosen)}")
     require(seeds >= 1, f"a comparison needs at least 1 seed, but got {seeds}")
@@ -84,10 +80,11 @@ def check_comparison(plans: Sequence[Plan], attack: str | None = None) -> None:
     """Find bad input before hours of work: the data and the model once, the classes for every defence, the attack."""
     inputs = Inputs(plans[0].recipe)
     inputs.check()
-    ours, theirs = len(inputs.head_classes), len(inputs.restricted.classes)
+    classes = len(inputs.head_classes)
     for plan in plans:
+        model = inputs.runtime.place(inputs.architecture.build(classes))
         try:
-            plan.recipe.defence_object.check_classes(ours, theirs)
+            plan.recipe.defence_object.check(inputs.given(model))
         except UserError as error:
             raise UserError(f"preset {plan.preset}: {error}") from None
     names = [a.name for a in plans[0].recipe.audit.all_attacks()]
@@ -106,11 +103,11 @@ def run_comparison(
     """Run what is left to run; returns the summaries of each preset, seed by seed."""
     reporter = reporter or Reporter(quiet=True)
     for plan in plans:
-        if not is_bundle(plan.base / "clean"):  # no preset's own, so that it does not matter which comes first
-            recipe = replace(plan.recipe, defence=Identity(), name="clean model")
-            clean = Run(Inputs(recipe), plan.base, resume, reporter)
-            with clean.claim():
-                clean.pretrain()
+        # No preset's own, so that it does not matter which comes first; claimed, so that no other recipe's is taken.
+        recipe = replace(plan.recipe, defence=Identity(), name="clean model", description="")
+        clean = Run(Inputs(recipe), plan.base, resume, reporter)
+        with clean.claim():
+            clean.pretrain()
         reporter.say(f"— {plan.preset}, seed {plan.seed} —")
         controls = plan.first if plan.folder != plan.first else None
         going = resume or not plan.folder.exists()

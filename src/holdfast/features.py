@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import UserError
+from holdfast.layers import evaluating
 
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Hardswish, nn.ReLU6)
+RECTIFIERS = (nn.ReLU, nn.ReLU6)
 
 
 class Tap:
@@ -43,40 +44,51 @@ class Tap:
         return self._value
 
 
-def last_activation(model: nn.Module, example: Tensor) -> tuple[str, str | None]:
-    """Name of the last activation module that runs, and of the layer whose output is its very input (None where
-    something lies between, as a residual sum does). Raises `UserError` for a model without activation modules."""
-    inputs: dict[str, Tensor] = {}
-    makers: dict[int, str] = {}
-    order: list[str] = []
-    alive: list[Tensor] = []  # so that no id is used twice
+def rectified(model: nn.Module, example: Tensor) -> list[tuple[str, str | None]]:
+    """The ReLU modules in the order in which they run; with each the module whose output itself is its input (None
+    where something lies between, as a residual sum does)."""
+    # The tensors are kept, so that no two share an id; their versions tell whether something was added in place.
+    made: dict[int, tuple[Tensor, int, str]] = {}
+    found: list[tuple[str, str | None]] = []
 
-    def before(name: str, args: tuple[Any, ...]) -> None:
-        inputs[name] = args[0]
-        order.append(name)
+    def before(name: str, value: Tensor) -> None:
+        known = made.get(id(value))
+        found.append((name, known[2] if known and known[1] == value._version else None))
 
     def after(name: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            makers[id(output)] = name
-            alive.append(output)
+            first = made.get(id(output))  # dropout hands on what it gets: the layer before it made the tensor
+            made[id(output)] = (output, output._version, first[2] if first and first[1] == output._version else name)
 
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, ACTIVATIONS):
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
+        if isinstance(module, RECTIFIERS):
+            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: before(name, args[0])))
         elif not list(module.children()):
             hooks.append(module.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(example)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
-    if not order:
-        names = ", ".join(a.__name__ for a in ACTIVATIONS)
-        raise UserError(f"the model runs no activation module (one of {names})")
-    return order[-1], makers.get(id(inputs[order[-1]]))
+    return found
+
+
+def last_rectifier(model: nn.Module, example: Tensor) -> tuple[str, str | None]:
+    """The last of `rectified`. Raises `UserError` for a model that runs no ReLU module."""
+    found = rectified(model, example)
+    if not found:
+        raise UserError(f"the model runs no {' or '.join(r.__name__ for r in RECTIFIERS)} module")
+    return found[-1]
+
+
+def silences(model: nn.Module, rectifier: str, head: str, example: Tensor) -> bool:
+    """Whether the head sees zeros alone where every pre-activation of this ReLU is negative: nothing passes it by."""
+    hook = model.get_submodule(rectifier).register_forward_pre_hook(lambda _, args: (torch.full_like(args[0], -1.0),))
+    try:
+        with torch.no_grad(), evaluating(model), Tap(model, head) as tap:
+            model(example)
+    finally:
+        hook.remove()
+    return not bool(tap.value.any())

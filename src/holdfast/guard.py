@@ -86,8 +86,30 @@ class History:
 
     checks: list[dict[str, float]] = field(default_factory=list)
     rollbacks: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # without those of probes that decide nothing
     released: int | None = None  # the iteration whose state was released; 0: the unprotected model
+
+
+class _Watch:
+    """Seconds since it was made, without those of what is timed apart."""
+
+    def __init__(self) -> None:
+        self.started, self.without = time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        """So far."""
+        return time.monotonic() - self.started - self.without
+
+    def apart(self, measure: Measure) -> Measure:
+        """`measure`, whose time does not count."""
+
+        def timed() -> float:
+            before = time.monotonic()
+            value = measure()
+            self.without += time.monotonic() - before
+            return value
+
+        return timed
 
 
 @dataclass
@@ -123,8 +145,9 @@ def run_guarded(
     a run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
-    started = time.monotonic()
-    state = _start(model, optimisers, original, restricted, identity, workplace, phase(1))
+    watch = _Watch()
+    probe = watch.apart(restricted) if select == "last" else restricted
+    state = _start(model, optimisers, original, probe, identity, workplace, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
     floor = progress.baseline * (1 - guard.tolerance)
@@ -136,13 +159,15 @@ def run_guarded(
             losses = dict(iterate(i, progress.strength))
             progress.iteration = i
             last = i == iterations or done(i)
+            for name, value in losses.items():
+                write(f"protect/{name}", value, i)
             broken = not all(math.isfinite(v) for v in losses.values())
             if broken or i % guard.every == 0 or last:
-                measures = (original, restricted, phase(i), select)
+                measures = (original, probe, phase(i), select)
                 good, best = _check(model, optimisers, guard, floor, measures, losses, broken, progress, good, best)
                 _tell(bar, write, progress.history.checks[-1], losses)
             bar.update(i)
-            progress.history.seconds = spent + time.monotonic() - started
+            progress.history.seconds = spent + watch.seconds()
             if time.monotonic() - saved > workplace.save_every_seconds or last:
                 _save(workplace, model, optimisers, progress, good, best, identity)
                 saved = time.monotonic()
@@ -285,7 +310,7 @@ def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[st
     """The progress line and the curves after a check."""
     step = int(check["iteration"])
     for name, value in check.items():
-        if name != "iteration":
+        if name != "iteration" and name not in losses:  # those are written at every iteration
             write(f"protect/{name}", value, step)
     parts = [f"{name} {value:.3f}" for name, value in losses.items()]
     parts += [f"original {check['original']:.3f}"] if "original" in check else []

@@ -8,12 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from holdfast import models
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import WEIGHTS, read_weights
 from holdfast.cells import Bench, Ground
+from holdfast.defences.base import Given
 from holdfast.domains import Domain, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
@@ -81,7 +84,7 @@ class Inputs:
             if path and path != "timm":
                 models.load_state(model, read_weights(path, self.architecture))
         if not self.protected:
-            self.recipe.defence_object.check_classes(ours, theirs)
+            self.recipe.defence_object.check(self.given(self.runtime.place(model)))
         self._check_apart()
         learner = self.architecture.build(theirs)
         for attack in self.recipe.audit.attacks:  # a battery's that do not fit are left out, and named
@@ -93,6 +96,12 @@ class Inputs:
         )
         if self.recipe.benign:
             _ = self.benign_ground
+
+    def given(self, model: nn.Module) -> Given:
+        """What a defence is given, with `model` for the original classes on the device."""
+        theirs = len(self.restricted.classes)
+        seed = self.recipe.seed
+        return Given(model, self.original, self.halves[0], theirs, self.architecture, self.task, self.runtime, seed)
 
     def _check_apart(self) -> None:
         """The same classes of the same source cannot be kept and restricted at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,18 @@ from torch import Tensor, nn
 from holdfast.errors import UserError, require
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
@@ -26,10 +39,8 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
 
     owners = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
     hooks = [m.register_forward_hook(lambda *_, name=n: note(name)) for n, m in owners]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(example)
     except Exception as error:  # whatever a user's model raises on its own input shape
         raise UserError(
@@ -39,8 +50,6 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return order
 
 

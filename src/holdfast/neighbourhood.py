@@ -150,12 +150,15 @@ class Making:
     """The GAN, and the images made so far, as one state that can go back: `steps` of the GAN, then one copy of the
     generator for every pair of `distances` × directions."""
 
-    def __init__(self, data: ImageData, classes: int, seed: int, lr: float = 2e-4, batch_size: int = 64) -> None:
-        self.data, self.seed, self.batch_size, self.lr = data, seed, batch_size, lr
+    def __init__(
+        self, data: ImageData, classes: int, seed: int, runtime: Runtime, lr: float = 2e-4, batch_size: int = 64
+    ) -> None:
+        self.data, self.seed, self.runtime = data, seed, runtime
+        self.batch_size, self.lr = batch_size, lr
         shape = data.preprocessing
         with seeded(seed, "gan"):
-            self.generator = Generator(shape, classes).to(data.images.device)
-            self.judge = Discriminator(shape.channels, shape.size, classes).to(data.images.device)
+            self.generator = Generator(shape, classes).to(runtime.device)
+            self.judge = Discriminator(shape.channels, shape.size, classes).to(runtime.device)
         self.adams = {
             "generator": torch.optim.Adam(self.generator.parameters(), lr, betas=(0.5, 0.999)),
             "judge": torch.optim.Adam(self.judge.parameters(), lr, betas=(0.5, 0.999)),
@@ -163,10 +166,10 @@ class Making:
         self.images = torch.zeros(0, *shape_of(shape), dtype=torch.uint8)
         self.labels = torch.zeros(0, dtype=torch.int64)
 
-    def learn(self, step: int, runtime: Runtime) -> dict[str, float]:
+    def learn(self, step: int) -> dict[str, float]:
         """Step `step` (from 0) of the GAN: the discriminator, then the generator."""
         ((real, labels),) = minibatches(
-            self.data, self.batch_size, step + 1, derive(self.seed, "gan data"), runtime, first_step=step
+            self.data, self.batch_size, step + 1, derive(self.seed, "gan data"), self.runtime, first_step=step
         )
         noise = torch.randn(len(labels), NOISE, generator=generator(self.seed, "gan noise", step)).to(real.device)
         made = self.generator.train()(noise, labels)
@@ -179,19 +182,19 @@ class Making:
         self.adams[name].step()
         return loss.item()
 
-    def go(self, distance: float, direction: int, directions: int, steps: int, each: int, runtime: Runtime) -> float:
+    def go(self, distance: float, direction: int, directions: int, steps: int, each: int) -> float:
         """Make a copy of the generator leave, and keep `each` images a class of it; returns their MMD to the domain."""
         stream = derive(self.seed, "leave", str(distance), direction)
-        batches = minibatches(self.data, self.batch_size, steps, stream, runtime)
+        batches = minibatches(self.data, self.batch_size, steps, stream, self.runtime)
         rng = generator(stream, "noise")
         away = leave(self.generator, self.judge, batches, distance, direction, directions, self.lr, rng)
         images, labels = make_images(away, each, rng, self.data.preprocessing)
         self.images, self.labels = torch.cat([self.images, images]), torch.cat([self.labels, labels])
-        return self._distance(images, runtime)
+        return self._distance(images)
 
     @torch.no_grad()
-    def _distance(self, images: Tensor, runtime: Runtime) -> float:
-        real, _ = self.data.batch(torch.arange(min(256, len(self.data))), runtime)
+    def _distance(self, images: Tensor) -> float:
+        real, _ = self.data.batch(torch.arange(min(256, len(self.data))), self.runtime)
         made = self.data.preprocessing.normalise(images[:: max(1, len(images) // 256)].to(real.device))
         return mmd(self.judge.body(real), self.judge.body(made)).item()
 

@@ -85,9 +85,9 @@ class Run:
         """The clean model: loaded, or trained on the original domain; kept in `clean/`."""
         given = self.inputs
         if is_bundle(self.clean_folder):
-            return load_bundle(self.clean_folder, given.architecture)
+            return self._clean(self.clean_folder)
         if self.shared is not None:
-            bundle = load_bundle(self.shared, given.architecture)
+            bundle = self._clean(self.shared)
             bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
             return bundle
         weights, start = given.recipe.weights, None
@@ -100,8 +100,20 @@ class Run:
             self._check_fresh("pre-training", checkpoint.exists())
             with threads(self._threads(given.architecture.build(len(given.original.classes)))):
                 state = self._pretrained(start, Checkpoint(checkpoint, given.work_identity, self.resume))
-        bundle = Bundle(state, given.architecture, given.head_classes, {"stage": "clean"})
+        details = {"stage": "clean", "content_sha256": self._learned_from()}
+        bundle = Bundle(state, given.architecture, given.head_classes, details)
         bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
+        return bundle
+
+    def _learned_from(self) -> dict[str, Any]:
+        """Hashes of what the clean model comes from."""
+        return {n: v for n, v in self.inputs.content.items() if n == "weights" or n.startswith("original ")}
+
+    def _clean(self, folder: Path) -> Bundle:
+        """A clean model made before; `UserError` where it comes from other content."""
+        bundle, now = load_bundle(folder, self.inputs.architecture), self._learned_from()
+        before = bundle.details.get("content_sha256", now)
+        require(before == now, f"{folder} was made from other data or weights than there are now; choose another --out")
         return bundle
 
     def _pretrained(self, start: State | None, checkpoint: Checkpoint) -> State:
@@ -161,6 +173,7 @@ class Run:
                 "peak_memory_mb": memory,
                 "rollbacks": history.rollbacks,
                 "released": history.released,
+                "measured": self._measured(model, clean.state),
                 "checks": history.checks,
             },
         )
@@ -176,6 +189,15 @@ class Run:
         if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
             details["sparsity"] = round(zeros, 4)
         return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})
+
+    def _measured(self, model: nn.Module, clean: State) -> dict[str, dict[str, float]]:
+        """What the defence's paper reports beside the metric, of the clean and of the protected model."""
+        given, found = self.inputs, {}
+        for name, state in (("clean", clean), ("protected", state_of(model))):
+            models.load_state(model, state)
+            values = given.recipe.defence_object.measure(given.given(model), given.restricted.test)
+            found[name] = {n: round(v, 6) for n, v in values.items()}
+        return found if found["clean"] else {}
 
     def audit(self) -> None:
         """Every cell of the grid into `records.jsonl`."""

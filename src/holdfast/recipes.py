@@ -97,6 +97,11 @@ def load_recipe(source: str | Path, preset: str | None = None, changes: Sequence
 
     Raises `UserError`: one line with the key at fault.
     """
+    return parse_recipe(read_recipe(source), preset, changes, find_recipe(source).name)
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe's file, not yet validated; `UserError` where there is none."""
     path = find_recipe(source)
     try:
         raw = yaml.safe_load(path.read_text())
@@ -105,7 +110,12 @@ def load_recipe(source: str | Path, preset: str | None = None, changes: Sequence
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     require(isinstance(raw, dict), f"{path} is no recipe: expected a mapping of keys, such as 'original: digits[0-4]'")
-    return parse_recipe(raw, preset, changes, path.name)
+    presets = raw.get("presets") or {}
+    require(
+        isinstance(presets, dict) and all(isinstance(n, str) for n in presets),
+        f"{path}: presets must be a mapping from names to what they lay over the recipe",
+    )
+    return dict(raw)
 
 
 def parse_recipe(

@@ -19,9 +19,15 @@ def fisher_ratio(features: Tensor, labels: Tensor) -> Tensor:
         tr S_B = Σ_c n_c·‖μ_c − μ‖² ,  tr S_W = Σ_i ‖f̂_i − μ_{y_i}‖² .
 
     Lies in [0, ∞): 0 where all classes share one mean; minimising it collapses the classes into each other. Not changed
-    by the scale of the features. `features`: (n, …), flattened; `labels`: (n,) int64. Returns a float32 scalar.
+    by the scale of the features. A class with one sample has no scatter within, and would make the ratio as large as
+    chance will have it: such samples are left out (0 where none stay). `features`: (n, …), flattened; `labels`: (n,)
+    int64. Returns a float32 scalar.
     """
     flat = F.normalize(_flat(features), dim=1, eps=TINY)
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    flat, labels = flat[counts[index] > 1], labels[counts[index] > 1]
+    if len(labels) == 0:
+        return flat.sum()
     kinds, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(kinds), flat.shape[1], device=flat.device).index_add(0, index, flat)
     means = sums / counts.unsqueeze(1)
@@ -45,7 +51,9 @@ def mmd(first: Tensor, second: Tensor, kernels: int = 5, factor: float = 2.0) ->
     require(kernels >= 1 and factor > 0, f"mmd needs kernels ≥ 1 and factor > 0, but got {kernels} and {factor}")
     x, y = _flat(first), _flat(second)
     every = torch.cat([x, y])
-    distances = (every.unsqueeze(1) - every.unsqueeze(0)).square().sum(2)
+    every = every - every.mean(0).detach()  # distances stay, and less is lost where they are differences of squares
+    squares = every.square().sum(1)
+    distances = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * every @ every.T).clamp(min=0)
     count = len(every)
     middle = distances.detach().sum() / max(1, count * count - count) + TINY
     widths = [middle * factor ** (j - kernels // 2) for j in range(kernels)]

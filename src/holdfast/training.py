@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.domains import ImageData
+from holdfast.layers import evaluating
 from holdfast.optimisers import SAM
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator
@@ -126,16 +127,13 @@ def evaluate(
     model: nn.Module, data: ImageData, task: Task, runtime: Runtime, batch_size: int = 500
 ) -> tuple[float, float]:
     """Metric in [0, 1] and mean loss on all of `data`, in evaluation mode; the model's modes are put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     right = torch.zeros((), dtype=torch.float64, device=runtime.device)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for start in range(0, len(data), batch_size):
-        inputs, targets = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
-        with runtime.autocast():
-            outputs = model(inputs)
-        right += task.score(outputs, targets).sum()
-        total += task.loss(outputs, targets).double() * len(targets)
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(model):
+        for start in range(0, len(data), batch_size):
+            inputs, targets = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
+            with runtime.autocast():
+                outputs = model(inputs)
+            right += task.score(outputs, targets).sum()
+            total += task.loss(outputs, targets).double() * len(targets)
     return right.item() / len(data), total.item() / len(data)

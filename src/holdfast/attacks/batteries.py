@@ -99,7 +99,6 @@ _QUICK = (
 )
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # and 1, the whole: NTP's axis for SLC-AUC
-SLC = "initFC+all · adam 1e-3"
 _DATA = (
     _attack("initFC+all", " · adam 1e-3", **_ADAM),
     *(_attack("initFC+all", f" · adam 1e-3 · {f:.0%} of data", fraction=f, **_ADAM) for f in FRACTIONS),

@@ -12,8 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from holdfast.attacks.chains import close, outputs
 from holdfast.attacks.released import WEIGHTS_ONLY, Means, Released, Restructured, described
-from holdfast.attacks.weights import RECTIFIERS
 from holdfast.errors import UserError, require
+from holdfast.features import RECTIFIERS
 from holdfast.layers import WEIGHT_LAYERS, executed_layers
 from holdfast.models import Architecture, State, load_state
 

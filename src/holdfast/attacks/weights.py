@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from holdfast.attacks.chains import links
 from holdfast.attacks.released import WEIGHTS_ONLY, Means, Released, described
 from holdfast.errors import require
+from holdfast.features import rectified
 from holdfast.layers import WEIGHT_LAYERS
 from holdfast.seeding import derive, generator
 
@@ -196,37 +197,11 @@ class ShiftBiases(_Weights):
         return released.having(model)
 
 
-RECTIFIERS = (nn.ReLU, nn.ReLU6)
-
-
 def rectified_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     """Layers with a bias whose output tensor itself is what a ReLU module gets: no addition between, no other layer."""
-    # The tensors are kept, so that no two share an id; their versions tell whether something was added in place.
-    made: dict[int, tuple[Tensor, int, str]] = {}
-    found: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            made[id(output)] = (output, output._version, name)
-
-        return hook
-
-    def rectify(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        known = made.get(id(given[0]))
-        if known is not None and known[1] == given[0]._version and known[2] not in found:
-            found.append(known[2])
-
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, RECTIFIERS):
-            hooks.append(module.register_forward_pre_hook(rectify))
-        elif isinstance(module, (*WEIGHT_LAYERS, _BatchNorm)) and isinstance(module.bias, Tensor):
-            hooks.append(module.register_forward_hook(note(name)))
-    with torch.no_grad():
-        model.eval()(inputs)
-    for handle in hooks:
-        handle.remove()
-    return found
+    feeders = dict.fromkeys(feeder for _, feeder in rectified(model, inputs) if feeder)
+    modules = {name: model.get_submodule(name) for name in feeders}
+    return [n for n, m in modules.items() if isinstance(m, (*WEIGHT_LAYERS, _BatchNorm)) and isinstance(m.bias, Tensor)]
 
 
 def _pre_activations(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.domains import Domain, ImageData, holdout
@@ -43,14 +43,12 @@ class Given:
 
     def learner(self, classes: int | None = None) -> nn.Module:
         """A fresh model of the same architecture (default: for the restricted classes), on the device."""
-        return self.runtime.place(self.architecture.build(self.classes if classes is None else classes))
+        count = self.classes if classes is None else classes
+        return self.runtime.place(self.architecture.build(count, derive(self.seed, "learner")))
 
-    def batches(
-        self, data: ImageData, size: int, stream: str, first: int, count: int = 1, within: Tensor | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, data: ImageData, size: int, stream: str, first: int, count: int = 1) -> Iterator[Batch]:
         """Batches `first` … `first + count − 1` (from 0) of an endless stream of `data`; see `minibatches`."""
-        seed = derive(self.seed, stream)
-        return minibatches(data, size, first + count, seed, self.runtime, first_step=first, within=within)
+        return minibatches(data, size, first + count, derive(self.seed, stream), self.runtime, first_step=first)
 
     def original_metric(self) -> float:
         """The original metric on validation data."""
@@ -168,6 +166,7 @@ class Guarded:
     tolerance: float
     check_every: int
     released: ClassVar[Select] = "last"
+    compiles: ClassVar[bool] = False  # whether it runs on a compiled network: not where it looks inside
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 
     def engine(self, given: Given) -> Engine:
@@ -180,6 +179,27 @@ class Guarded:
 
     def check_classes(self, original: int, restricted: int) -> None:
         """`UserError` where the defence cannot work with these numbers of classes; most can with any."""
+
+    def prepare(self, given: Given) -> Engine:
+        """The engine; `UserError` for a network, data or classes that the defence cannot work with."""
+        require(
+            self.compiles or not given.runtime.compile,
+            f"{type(self).__name__} looks inside the network, which a compiled one does not allow; set "
+            "runtime.compile: false",
+        )
+        given.head()
+        self.check_classes(len(given.original.classes), given.classes)
+        for parameter in given.model.parameters():
+            parameter.requires_grad_(True)
+        return self.engine(given)
+
+    def check(self, given: Given) -> None:
+        """Raise before any work what `protect` would raise."""
+        self.prepare(given)
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """What the defence's paper reports of a model beside its metric, by name, on test data of both domains."""
+        return {}
 
     def protect(
         self,
@@ -202,11 +222,7 @@ class Guarded:
         heads and classes that do not agree.
         """
         given = Given(model, original, restricted, restricted_classes, architecture, task, runtime, seed)
-        given.head()  # head and classes must agree before any work begins
-        self.check_classes(len(original.classes), restricted_classes)
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        engine = self.engine(given)
+        engine = self.prepare(given)
         return run_guarded(
             model,
             engine.states,
@@ -221,6 +237,11 @@ class Guarded:
             select=self.released,
             done=engine.done,
         )
+
+
+def require_tolerance(spec: Guarded) -> None:
+    """`UserError` for a tolerance outside [0, 1)."""
+    require(0 <= spec.tolerance < 1, f"tolerance must lie in [0, 1), but got {spec.tolerance}")
 
 
 def require_positive(spec: object, *names: str) -> None:

@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, own_statistics, require_positive, require_rates
+from holdfast.defences.base import (
+    Engine,
+    Given,
+    Guarded,
+    Prober,
+    own_statistics,
+    require_positive,
+    require_rates,
+    require_tolerance,
+)
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.guard import Phase
@@ -73,7 +82,7 @@ class NTL(Guarded):
             bool(self.distances) and all(d > 0 for d in self.distances),
             f"distances must be positive and not empty, but got {self.distances}",
         )
-        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require_tolerance(self)
 
     def check_classes(self, original: int, restricted: int) -> None:
         """One head serves both domains."""
@@ -97,7 +106,7 @@ class _Engine(Engine):
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
         if spec.auxiliary == "generated":
-            self.making = Making(given.original.train, len(given.original.classes), given.seed)
+            self.making = Making(given.original.train, len(given.original.classes), given.seed, given.runtime)
             self.states = {**self.states, "making": self.making}
             self.first = spec.gan_steps + len(self.leaving)
         self.length = self.first + spec.iterations
@@ -110,11 +119,9 @@ class _Engine(Engine):
         """A step of the GAN, or a copy of its generator that leaves."""
         spec, number = self.spec, iteration - 1 - self.spec.gan_steps
         if number < 0:
-            return self.making.learn(iteration - 1, self.given.runtime)
+            return self.making.learn(iteration - 1)
         distance, direction = self.leaving[number]
-        away = self.making.go(
-            distance, direction, spec.directions, spec.leave_steps, spec.generated, self.given.runtime
-        )
+        away = self.making.go(distance, direction, spec.directions, spec.leave_steps, spec.generated)
         return {"away": away}
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:

@@ -10,7 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, own_statistics, require_positive, require_rates
+from holdfast.defences.base import (
+    Engine,
+    Given,
+    Guarded,
+    Prober,
+    own_statistics,
+    require_positive,
+    require_rates,
+    require_tolerance,
+)
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.guard import Phase
@@ -32,8 +41,8 @@ class NTP(Guarded):
 
     An iteration of the first stage is one of ADMM: `steps` steps of Adam on the loss and ρ/2·‖W − Z + U‖², then the
     projection and the dual update. It ends after `iterations`, or as soon as Z has the target sparsity and the primal
-    residual is at most `residual`; then the mask is fixed (Z ≠ 0) and the weights left are trained on, without the
-    penalty, for `retrain` iterations. Only masked states are judged and released.
+    and dual residuals are at most `residual`; then the mask is fixed (Z ≠ 0) and the weights left are trained on,
+    without the penalty, for `retrain` iterations. Only masked states are judged and released.
     """
 
     regulariser: Literal["fisher", "mmd", "none"] = "fisher"
@@ -43,10 +52,10 @@ class NTP(Guarded):
     rho: float = 0.005
     rho_growth: float = 1.0  # factor of ρ after every iteration of ADMM; published code: none
     projection: Literal["soft", "largest"] = "largest"  # published code: soft threshold; a target needs `largest`
-    threshold: float = 0.005  # λ/ρ of the soft threshold; ours
+    l1: float = 2.5e-5  # λ of the penalty λ‖Z‖₁ behind the soft threshold λ/ρ; ours
     sparsity: float = 0.95  # published code: stops above 0.95 to 0.99
     budget: str = "global"
-    residual: float = 0.05  # of the weights' norm; ours
+    residual: float = 0.05  # primal and dual, relative; ours
     iterations: int = 100  # of ADMM, at most
     steps: int = 20  # of Adam an iteration; ours
     retrain: int = 20  # iterations with the mask fixed; ours
@@ -60,7 +69,7 @@ class NTP(Guarded):
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "steps", "retrain", "check_every", "probe_steps")
-        require_rates(self, "lr", "residual")
+        require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         for name, valid in (
             ("regulariser", ("fisher", "mmd", "none")),
@@ -72,11 +81,11 @@ class NTP(Guarded):
             )
         for name in ("alpha", "gamma", "weight_decay"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        for name in ("bound", "rho", "threshold"):
+        for name in ("bound", "rho", "l1", "residual"):
             require(getattr(self, name) > 0, f"{name} must be positive, but got {getattr(self, name)}")
         require(1 <= self.rho_growth <= 10, f"rho_growth must lie in [1, 10], but got {self.rho_growth}")
-        for name in ("sparsity", "tolerance"):
-            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), but got {getattr(self, name)}")
+        require(0 <= self.sparsity < 1, f"sparsity must lie in [0, 1), but got {self.sparsity}")
+        require_tolerance(self)
 
     def check_classes(self, original: int, restricted: int) -> None:
         """One head serves both domains, where restricted images have a loss of their own."""
@@ -86,10 +95,10 @@ class NTP(Guarded):
             f"are {restricted} of them and {original} original ones",
         )
 
-    def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sparse tensors next to `values`."""
+    def project(self, values: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
+        """The sparse tensors next to `values`, at penalty ρ."""
         if self.projection == "soft":
-            return soft_threshold(values, self.threshold)
+            return soft_threshold(values, self.l1 / rho)
         return keep_largest(values, self.sparsity, self.budget)
 
     def engine(self, given: Given) -> _Engine:
@@ -126,11 +135,11 @@ class _Engine(Engine):
         losses = self._train(iteration, strength)
         if self.mask.kept:
             return {**losses, "sparsity": sparsity(weights)}
-        primal, dual = self.admm.update(weights, spec.project)
+        primal, dual = self.admm.update(weights, lambda values: spec.project(values, self.admm.rho))
         reached = sparsity(self.admm.z)
         sparse = spec.projection == "largest" or reached >= spec.sparsity
         self.admm.strengthen(self.admm.rho * spec.rho_growth)
-        if iteration >= spec.iterations or (sparse and primal <= spec.residual):
+        if iteration >= spec.iterations or (sparse and max(primal, dual) <= spec.residual):
             self.mask.fix(self.admm.z, iteration)
             self.mask.enforce(weights)
         return {**losses, "primal": primal, "dual": dual, "sparsity": reached}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from holdfast.defences.base import Given
 from holdfast.defences.ntl import NTL
 from holdfast.defences.ntp import NTP
 from holdfast.defences.reverse_maml import ReverseMAML
@@ -31,8 +32,13 @@ class Defence(Protocol):
         """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
         ...
 
-    def check_classes(self, original: int, restricted: int) -> None:
-        """`UserError` where the defence cannot work with these numbers of classes; before any work begins."""
+    def check(self, given: Given) -> None:
+        """`UserError` where the defence cannot work with this network, these data or classes; before any work begins.
+        May change `given.model`."""
+        ...
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """What the defence's paper reports of a model beside its metric, by name; see `Guarded.measure`."""
         ...
 
     def protect(
@@ -63,8 +69,12 @@ class Identity:
         """It simulates nothing."""
         return False
 
-    def check_classes(self, original: int, restricted: int) -> None:
+    def check(self, given: Given) -> None:
         """Any will do."""
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
 
     def protect(self, model: nn.Module, original: Domain, restricted: ImageData, **_: Any) -> History:
         """Leave the model as it is."""

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.layers import initialise_head
@@ -19,7 +20,7 @@ from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import Accumulator
 from holdfast.training import Batch
 
-ORDERS = ("second", "first", "reptile")
+TEST_EPISODES = 50
 Weights = dict[str, Tensor]
 LossOf = Callable[[Weights, Batch], Tensor]
 
@@ -96,7 +97,7 @@ class ReverseMAML(Guarded):
         for name in ("ascent", "anchor"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         require(self.bound > 0 and self.clip > 0, f"bound and clip must be positive, got {self.bound} and {self.clip}")
-        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require_tolerance(self)
 
     def check_classes(self, original: int, restricted: int) -> None:
         """Both domains must have as many classes as an episode."""
@@ -108,6 +109,16 @@ class ReverseMAML(Guarded):
     def engine(self, given: Given) -> _Engine:
         """Learners with heads for episodes, and the outer Adam."""
         return _Engine(self, given)
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """Mean query accuracy of 50 test episodes of each domain, after adaptation."""
+        parts = {"restricted": (restricted, given.classes), "original": (given.original.test, None)}
+        found = {}
+        for name, (data, classes) in parts.items():
+            episodes = Episodes(self, given, data, classes or len(given.original.classes))
+            values = [episodes.accuracy(derive(given.seed, "test episode", name, n)) for n in range(TEST_EPISODES)]
+            found[f"few-shot accuracy, {name}"] = sum(values) / len(values)
+        return found
 
 
 def episode(data: ImageData, ways: int | None, shots: int, queries: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -131,61 +142,87 @@ def episode(data: ImageData, ways: int | None, shots: int, queries: int, rng: to
     return torch.cat(support), torch.cat(query)
 
 
+class Episodes:
+    """Few-shot episodes of one domain on the body of `given.model`, each with a fresh head; `classes`: the domain's."""
+
+    def __init__(self, spec: ReverseMAML, given: Given, data: ImageData, classes: int) -> None:
+        self.spec, self.given, self.data = spec, given, data
+        self.classes = spec.ways or classes
+        self.learner = given.learner(self.classes)
+        self.heads = given.architecture.head(self.learner, self.classes)
+        self.fresh = tuple(f"{h}." for h in self.heads)
+
+    def _draw(self, seed: int) -> tuple[Weights, Batch, Batch]:
+        """The weights to start from, a support and a query set whose labels count the episode's classes."""
+        spec, given = self.spec, self.given
+        parts = episode(self.data, spec.ways, spec.shots, spec.queries, generator(seed))
+        support, query = (self.data.batch(p, given.runtime) for p in parts)
+        kinds = torch.unique(support[1])  # sorted: labels become their places in it
+        support, query = ((x, torch.searchsorted(kinds, y)) for x, y in (support, query))
+        for head in self.heads:
+            initialise_head(self.learner.get_submodule(head), generator(seed, "head", head))
+        own = dict(given.model.named_parameters())
+        named = self.learner.named_parameters()
+        return {n: (p if n.startswith(self.fresh) else own[n]).detach() for n, p in named}, support, query
+
+    def _outputs(self, weights: Weights, images: Tensor) -> Tensor:
+        buffers = {n: b.detach().clone() for n, b in self.given.model.named_buffers()}
+        with self.given.runtime.autocast():
+            found: Tensor = functional_call(self.learner, (weights, buffers), (images,))
+        return found
+
+    def _loss(self, weights: Weights, batch: Batch) -> Tensor:
+        return self.given.task.loss(self._outputs(weights, batch[0]), batch[1])
+
+    def gradient(self, seed: int) -> tuple[Weights, float]:
+        """The meta-gradient for the body's weights, and the query loss after adaptation."""
+        spec = self.spec
+        weights, support, query = self._draw(seed)
+        self.learner.train()
+        # Fused attention has no second derivative.
+        with seeded(seed, "task"), sdpa_kernel(SDPBackend.MATH):
+            gradient, value = meta_gradient(
+                weights, support, query, self._loss, spec.inner_lr, spec.inner_steps, spec.order
+            )
+        return {n: g.detach() for n, g in gradient.items() if not n.startswith(self.fresh)}, value.item()
+
+    def accuracy(self, seed: int) -> float:
+        """The query metric after adaptation."""
+        spec = self.spec
+        weights, support, query = self._draw(seed)
+        self.learner.train()
+        with seeded(seed, "task"):
+            after = adapt(weights, support, self._loss, spec.inner_lr, spec.inner_steps)
+            with torch.no_grad():
+                return self.given.task.score(self._outputs(after, query[0]), query[1]).mean().item()
+
+
 class _Engine(Engine):
     def __init__(self, spec: ReverseMAML, given: Given) -> None:
         self.spec, self.given, self.length = spec, given, spec.iterations
         self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
-        counts = {"original": len(given.original.classes), "restricted": given.classes}
-        self.classes = {name: spec.ways or count for name, count in counts.items()}
-        self.learners = {name: given.learner(count) for name, count in self.classes.items()}
+        self.episodes = {
+            "original": Episodes(spec, given, given.original.train, len(given.original.classes)),
+            "restricted": Episodes(spec, given, given.restricted, given.classes),
+        }
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """One outer step."""
         spec, given = self.spec, self.given
         total, losses = Accumulator(), {"original task": 0.0, "restricted task": 0.0}
         for number in range(spec.tasks):
-            for name, data, weight in (
-                ("original", given.original.train, 1.0),
-                ("restricted", given.restricted, -spec.ascent * strength),
-            ):
-                gradient, loss = self._task(name, data, iteration, number)
-                bounded = name == "restricted" and loss >= spec.bound
+            for name, weight in (("original", 1.0), ("restricted", -spec.ascent * strength)):
+                gradient, loss = self.episodes[name].gradient(derive(given.seed, "episode", name, iteration, number))
                 losses[f"{name} task"] += loss / spec.tasks
-                if not bounded:
+                if name == "original" or loss < spec.bound:
                     total.add(list(gradient), list(gradient.values()), weight / spec.tasks)
         losses["anchor"] = self._anchor(iteration, total)
         total.apply(given.model)
         nn.utils.clip_grad_norm_(given.model.parameters(), spec.clip)
         self.adam.step()
         return losses
-
-    def _task(self, name: str, data: ImageData, iteration: int, number: int) -> tuple[Weights, float]:
-        """The meta-gradient of one episode for the body's weights, and its query loss."""
-        spec, given, learner = self.spec, self.given, self.learners[name]
-        seed = derive(given.seed, "episode", name, iteration, number)
-        parts = episode(data, spec.ways, spec.shots, spec.queries, generator(seed))
-        support, query = (data.batch(p, given.runtime) for p in parts)
-        kinds = torch.unique(support[1])  # sorted: labels become their places in it
-        support, query = ((x, torch.searchsorted(kinds, y)) for x, y in (support, query))
-        heads = given.architecture.head(learner, self.classes[name])
-        for head in heads:
-            initialise_head(learner.get_submodule(head), generator(seed, "head", head))
-        own = dict(given.model.named_parameters())
-        fresh = tuple(f"{h}." for h in heads)
-        weights = {n: (p if n.startswith(fresh) else own[n]).detach() for n, p in learner.named_parameters()}
-        buffers = {n: b.detach().clone() for n, b in given.model.named_buffers()}
-        learner.train()
-
-        def loss(current: Weights, batch: Batch) -> Tensor:
-            with given.runtime.autocast():
-                outputs = functional_call(learner, (current, {n: b.clone() for n, b in buffers.items()}), (batch[0],))
-            return given.task.loss(outputs, batch[1])
-
-        with seeded(seed, "task"):
-            gradient, value = meta_gradient(weights, support, query, loss, spec.inner_lr, spec.inner_steps, spec.order)
-        return {n: g.detach() for n, g in gradient.items() if not n.startswith(fresh)}, value.item()
 
     def _anchor(self, iteration: int, total: Accumulator) -> float:
         """Add the gradient of the plain loss on an original batch; batch statistics follow these images alone."""

@@ -11,13 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.defences.base import Engine, Flag, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import (
+    Engine,
+    Flag,
+    Given,
+    Guarded,
+    Prober,
+    require_positive,
+    require_rates,
+    require_tolerance,
+)
 from holdfast.domains import ImageData
 from holdfast.errors import require
-from holdfast.features import Tap, last_activation
+from holdfast.features import Tap, last_rectifier, silences
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Phase
-from holdfast.layers import WEIGHT_LAYERS
+from holdfast.layers import WEIGHT_LAYERS, evaluating
 from holdfast.models import load_state
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
@@ -39,15 +48,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, target: float, strength:
 @torch.no_grad()
 def misses(model: nn.Module, data: ImageData, head: str, runtime: Runtime, batch_size: int = 500) -> float:
     """The share of images with any live (positive) feature at the head's input: those on which SKD missed."""
-    alive, modes = 0, [(m, m.training) for m in model.modules()]
-    model.eval()
-    for start in range(0, len(data), batch_size):
-        images, _ = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
-        with Tap(model, head) as tap, runtime.autocast():
-            model(images)
-        alive += int((tap.value.flatten(1) > 0).any(1).sum())
-    for module, mode in modes:
-        module.training = mode
+    alive = 0
+    with evaluating(model):
+        for start in range(0, len(data), batch_size):
+            images, _ = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
+            with Tap(model, head) as tap, runtime.autocast():
+                model(images)
+            alive += int((tap.value.flatten(1) > 0).any(1).sum())
     return alive / len(data)
 
 
@@ -82,11 +89,16 @@ class SKD(Guarded):
             self.target < 0 and math.isfinite(self.target),
             f"target must be negative: a ReLU must cut it off; got {self.target}",
         )
-        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require_tolerance(self)
 
     def engine(self, given: Given) -> _Engine:
         """Teacher and student."""
         return _Engine(self, given)
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """`misses` of both domains: of the restricted one they should be none, of the original one all."""
+        parts = {"restricted": restricted, "original": given.original.test}
+        return {f"misses, {n}": misses(given.model, d, given.head()[0], given.runtime) for n, d in parts.items()}
 
 
 class _Engine(Engine):
@@ -94,7 +106,12 @@ class _Engine(Engine):
         self.spec, self.given, self.length = spec, given, spec.iterations
         self.head = given.head()[0]
         example = given.architecture.example().to(given.runtime.device)
-        self.activation, before = last_activation(given.model, example)
+        self.activation, before = last_rectifier(given.model, example)
+        require(
+            silences(given.model, self.activation, self.head, torch.ones_like(example)),
+            f"skd needs a network whose head sees nothing but what its last ReLU lets through, but something passes "
+            f"'{self.activation}' by (a residual stream, another activation)",
+        )
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, given.model.state_dict())
         self.bias = _bias(given.model, before) if spec.zero_bias else None
@@ -128,7 +145,7 @@ class _Engine(Engine):
         losses = {"skd": found}
         if iteration % spec.check_every == 0 or iteration == self.length:
             self._new_head()
-            losses["misses"] = misses(model, given.restricted, self.head, given.runtime)
+            losses["misses, training"] = misses(model, given.restricted, self.head, given.runtime)
         return losses
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
 from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Select
@@ -52,6 +52,7 @@ class Sophon(Guarded):
     check_every: int = 10  # iterations between checks of intactness; paper: not stated
     probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
     released: ClassVar[Select] = "lowest"
+    compiles: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class Sophon(Guarded):
             0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}"
         )
         require(self.clip is None or self.clip > 0, f"clip must be positive or null, but got {self.clip}")
-        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require_tolerance(self)
 
     def draw(self, seed: int, *stream: str | int) -> FineTuning:
         """One adversary φ ~ Φ: initialisation × learning rate × batch size × optimiser, each uniform (§5.1.1)."""

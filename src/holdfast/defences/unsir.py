@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates
+from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
 from holdfast.domains import sample
 from holdfast.errors import require
 from holdfast.guard import Phase
@@ -51,6 +51,7 @@ class UNSIR(Guarded):
     tolerance: float = 0.05  # ours
     check_every: int = 10  # ours
     probe_steps: int = 50  # of the adversary behind the curve "restricted"; ours
+    compiles: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class UNSIR(Guarded):
         require_rates(self, "learn_lr", "noise_lr", "impair_lr", "repair_lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         require(self.noise_penalty >= 0, f"noise_penalty must not be negative, but got {self.noise_penalty}")
-        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
+        require_tolerance(self)
 
     def engine(self, given: Given) -> _Engine:
         """The joint model, the noise, and an Adam for each stage."""
@@ -67,12 +68,12 @@ class UNSIR(Guarded):
 
 
 class _Noise(nn.Module):
-    """A batch of learnable images for each class to forget, (classes · batch, c, h, w)."""
+    """A batch of learnable images, (batch, c, h, w)."""
 
-    def __init__(self, given: Given, spec: UNSIR) -> None:
+    def __init__(self, given: Given, spec: UNSIR, forget: int) -> None:
         super().__init__()
-        shape = given.architecture.example(given.classes * spec.noise_batch).shape
-        drawn = torch.randn(shape, generator=generator(given.seed, "noise"))
+        shape = given.architecture.example(spec.noise_batch).shape
+        drawn = torch.randn(shape, generator=generator(given.seed, "noise", forget))
         self.images = nn.Parameter(drawn.to(given.runtime.device))
 
     def forward(self, _: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class _Engine(Engine):
         self.heads = tuple(f"{h}." for h in given.head())
         self.joint = given.learner(self.kept + given.classes)
         self._join()
-        self.noise = _Noise(given, spec)
+        self.noise = nn.ModuleList(_Noise(given, spec, c) for c in range(given.classes))
         self.labels = torch.arange(given.classes, device=given.runtime.device).repeat_interleave(spec.noise_batch)
         self.retained = sample(
             given.original.train,
@@ -150,10 +151,12 @@ class _Engine(Engine):
                 outputs = self.joint(given.runtime.images(images))
             return noise_loss(outputs, labels, images, penalty, given.task)
 
-        batch = self.labels, self.labels + self.kept
-        found = fit(self.noise, [batch], loss, self.adams["noise"], runtime=given.runtime).loss
+        found = []
+        for c, noise in enumerate(self.noise):  # Adam moves nothing that has no gradient
+            asked = torch.full((self.spec.noise_batch,), c + self.kept, device=given.runtime.device)
+            found.append(fit(noise, [(asked, asked)], loss, self.adams["noise"], runtime=given.runtime).loss)
         self.joint.requires_grad_(True)
-        return found
+        return sum(found) / len(found)
 
     def _impair(self, number: int) -> float:
         """Of one epoch over noise (each image `noise_copies` times) and retained images, shuffled."""
@@ -162,7 +165,8 @@ class _Engine(Engine):
         noisy = len(self.labels) * spec.noise_copies
         where = (chosen[chosen < noisy] % len(self.labels)).to(given.runtime.device)
         retained = self.retained.batch(chosen[chosen >= noisy] - noisy, given.runtime)
-        images = torch.cat([self.noise.images.detach()[where], retained[0]])
+        made = torch.cat([p.detach() for p in self.noise.parameters()])
+        images = torch.cat([made[where], retained[0]])
         labels = torch.cat([self.labels[where] + self.kept, retained[1]])
         batch = given.runtime.images(images), labels
         return fit(self.joint, [batch], given.task.loss, self.adams["impair"], runtime=given.runtime).loss
@@ -173,8 +177,10 @@ class _Engine(Engine):
         return fit(self.joint, [batch], given.task.loss, self.adams["repair"], runtime=given.runtime).loss
 
     def _chosen(self, stage: str, number: int) -> Tensor:
-        order = torch.randperm(self.pools[stage], generator=generator(self.given.seed, stage))
-        return order[number * self.spec.batch_size : (number + 1) * self.spec.batch_size]
+        """Of equal parts, as nearly as may be: no step sees a stray batch of one."""
+        count, steps = self.pools[stage], self.plan[stage]
+        order = torch.randperm(count, generator=generator(self.given.seed, stage))
+        return order[count * number // steps : count * (number + 1) // steps]
 
     def _join(self) -> None:
         """The model's weights into the joint one; the head's rows of the restricted classes stay fresh."""

@@ -16,14 +16,15 @@ from holdfast.statistics import deviation, mean
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
+STYLES = ("-", "-.", (0, (1, 1)))
 
 
 def write_comparison(out: Path, found: Summaries, attack: str) -> dict[str, Any]:
     """Write `comparison.json`, `comparison.md` and two figures into `out`; return the JSON's contents.
 
     `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule. Values are means
-    over protection seeds of means over audit seeds; ± is the sample deviation over protection seeds (over audit seeds
-    where there is one protection).
+    over protection seeds of means over audit seeds; ± is the sample deviation over protection seeds (for one protection
+    over audit seeds, where that is known).
     """
     rows = {name: _row(summaries, attack) for name, summaries in found.items()}
     result = {
@@ -61,13 +62,14 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "slc_auc": _areas(summaries, "protected"),
         "benign": _spread(benign) if benign else None,
         "unprotected": sum(p["released"] == 0 for p in protections),
+        "measured": _measured(protections),
         "verdicts": [s["verdict"] for s in summaries],
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
         "memory_mb": max(p["peak_memory_mb"] for p in protections),
     }
 
 
-def _areas(summaries: Sequence[Mapping[str, Any]], model: str) -> dict[str, list[float]]:
+def _areas(summaries: Sequence[Mapping[str, Any]], model: str) -> dict[str, list[float | None]]:
     """SLC-AUC of `model` under every attack that was run on shares of the data."""
     found: dict[str, list[float]] = {}
     for summary in (s["restricted"] for s in summaries):
@@ -76,7 +78,16 @@ def _areas(summaries: Sequence[Mapping[str, Any]], model: str) -> dict[str, list
     return {name: _spread(values) for name, values in found.items()}
 
 
-def _spread(values: Sequence[float], within: float = 0.0) -> list[float]:
+def _measured(protections: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
+    """What the defence's paper reports beside the metric: by name, of the clean and of the protected models."""
+    own = [p["measured"] for p in protections if p.get("measured")]
+    return {
+        name: {model: _spread([m[model][name] for m in own]) for model in ("clean", "protected")}
+        for name in (own[0]["protected"] if own else ())
+    }
+
+
+def _spread(values: Sequence[float], within: float | None = None) -> list[float | None]:
     """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
     return [mean(values), deviation(values) if len(values) > 1 else within]
 
@@ -97,12 +108,19 @@ def _controls(found: Summaries, attack: str) -> dict[str, Any]:
     return controls
 
 
-def _points(value: Sequence[float] | None, sign: str = "") -> str:
-    return "–" if value is None else f"{100 * value[0]:{sign}.1f} ± {100 * value[1]:.1f}"
+def _with_spread(value: Sequence[Any] | None, form: str, scale: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    spread = "" if value[1] is None else f" ± {scale * value[1]:{form.lstrip('+')}}"
+    return f"{scale * value[0]:{form}}{spread}"
 
 
-def _slc(areas: Mapping[str, Sequence[float]]) -> str:
-    return "; ".join(f"{v[0]:+.2f} ± {v[1]:.2f} ({n})" for n, v in areas.items())
+def _points(value: Sequence[Any] | None, sign: str = "") -> str:
+    return _with_spread(value, f"{sign}.1f", 100)
+
+
+def _slc(areas: Mapping[str, Sequence[Any]]) -> str:
+    return "; ".join(f"{_with_spread(v, '+.2f')} ({n})" for n, v in areas.items())
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
@@ -130,6 +148,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | "
             f"{_slc(row['slc_auc'])} | | | | |"
         )
+    for name, row in result["rows"].items():
+        said = [
+            f"{n} {_points(v['protected'])} (unprotected {_points(v['clean'])})" for n, v in row["measured"].items()
+        ]
+        lines += ["", f"{name}, in %: {'; '.join(said)}"] if said else []
     if any(row["unprotected"] for row in result["rows"].values()):
         lines += [
             "",
@@ -145,40 +168,41 @@ def _beneficial(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.bar(
         list(rows),
         [100 * r["after"][0] for r in rows.values()],
-        yerr=[100 * r["after"][1] for r in rows.values()],
-        color=COLOURS[: len(rows)],
+        yerr=[100 * (r["after"][1] or 0.0) for r in rows.values()],
+        color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))],
         capsize=3,
     )
     before = mean([r["before"][0] for r in rows.values()])
     axes.axhline(100 * before, color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
+    axes.tick_params(axis="x", rotation=30 if len(rows) > 6 else 0)
     axes.set_ylabel("original metric (%)")
     axes.legend(loc="lower right", fontsize=8)
     return png(figure)
 
 
 def _malicious(found: Summaries, attack: str) -> bytes:
-    """Restricted accuracy over the steps of one attack, as in Figure 2 there; bands: one deviation over protections."""
+    """Restricted accuracy over the steps of one attack, as in Figure 2 there; bands: one deviation over protections
+    (over audit seeds, for one protection)."""
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.subplots()
     curves = {name: [_entry(s, attack) for s in summaries] for name, summaries in found.items()}
-    lines = [
-        (name, [e["protected"] for e in own], c, "-") for (name, own), c in zip(curves.items(), COLOURS, strict=False)
-    ]
     own = next(iter(curves.values()))
-    lines += [
-        ("clean", [e["clean"] for e in own], "#555555", "--"),
-        ("scratch", [e["scratch"] for e in own], "#999999", ":"),
+    lines: list[tuple[str, Sequence[Mapping[str, Any]], str, str, Any]] = [
+        (name, entries, "protected", COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)])
+        for i, (name, entries) in enumerate(curves.items())
     ]
-    steps = own[0]["steps"]
-    for name, values, colour, style in lines:
-        middle = [100 * mean(column) for column in zip(*values, strict=True)]
-        width = [100 * deviation(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
-        axes.plot(steps, middle, style, color=colour, label=name, linewidth=1.6)
+    lines += [("clean", own, "clean", "#555555", "--"), ("scratch", own, "scratch", "#999999", ":")]
+    for name, entries, model, colour, style in lines:
+        middle = [100 * mean(column) for column in zip(*(e[model] for e in entries), strict=True)]
+        width = [100 * w for w in entries[0]["deviation"][model]]
+        if len(entries) > 1:
+            width = [100 * deviation(column) for column in zip(*(e[model] for e in entries), strict=True)]
+        axes.plot(own[0]["steps"], middle, linestyle=style, color=colour, label=name, linewidth=1.6)
         low, high = ([m + s * w for m, w in zip(middle, width, strict=True)] for s in (-1, 1))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(own[0]["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("attacker's steps")
     axes.set_ylabel("restricted metric (%)")
     axes.set_title(attack, fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=1 + len(lines) // 10)
     axes.grid(alpha=0.25)
     return png(figure)

@@ -28,10 +28,9 @@ def write_report(folder: Path) -> dict[str, Any]:
     facts = _facts(folder, records, searches)
     chance = facts["provenance"]["restricted"]["chance"]
     summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
-    if facts[
-        "protection"
-    ]:  # `released`: an iteration; 0 where no state within tolerance was better than the model as it was
-        summary["protection"] = {n: facts["protection"].get(n) for n in ("released", "rollbacks", "peak_memory_mb")}
+    if facts["protection"]:  # `released`: an iteration; 0 where no state within tolerance beat the model as it was
+        kept = ("released", "rollbacks", "peak_memory_mb", "measured")
+        summary["protection"] = {n: facts["protection"].get(n) for n in kept}
     pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
