@@ -34,7 +34,7 @@ from holdfast.inputs import Inputs
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import Checkpoint, pretrain
 from holdfast.progress import Reporter, duration
-from holdfast.pruning import sparsity
+from holdfast.pruning import PRUNED, pruned
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads, threads_for
@@ -42,7 +42,6 @@ from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 
 NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean model's card
-PRUNED = 0.01  # share of exact zeros from which weights count as pruned
 
 
 @dataclass
@@ -185,7 +184,7 @@ class Run:
             "restricted": public_name(given.restricted.name),
         }
         state = state_of(model)
-        zeros = sparsity({n: v for n, v in state.items() if v.ndim > 1})
+        zeros = pruned(state)
         if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
             details["sparsity"] = round(zeros, 4)
         return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})

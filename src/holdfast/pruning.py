@@ -14,6 +14,7 @@ from holdfast.layers import WEIGHT_LAYERS
 
 Tensors = dict[str, Tensor]
 BUDGETS = ("global", "layer")
+PRUNED = 0.01  # share of exact zeros from which weights count as pruned
 
 
 def prunable(model: nn.Module, keep: tuple[str, ...] = ()) -> list[str]:
@@ -26,6 +27,11 @@ def sparsity(weights: Mapping[str, Tensor]) -> float:
     """The share of exact zeros, over all tensors together."""
     total = sum(w.numel() for w in weights.values())
     return sum(int((w == 0).sum()) for w in weights.values()) / max(1, total)
+
+
+def pruned(state: Mapping[str, Tensor]) -> float:
+    """The share of exact zeros in a state's weights: floating tensors of two dimensions or more."""
+    return sparsity({n: v for n, v in state.items() if v.is_floating_point() and v.ndim > 1})
 
 
 def soft_threshold(values: Mapping[str, Tensor], threshold: float) -> Tensors:

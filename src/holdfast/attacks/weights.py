@@ -15,6 +15,7 @@ from holdfast.attacks.released import WEIGHTS_ONLY, Means, Released, described
 from holdfast.errors import require
 from holdfast.features import rectified
 from holdfast.layers import WEIGHT_LAYERS
+from holdfast.pruning import PRUNED, pruned
 from holdfast.seeding import derive, generator
 
 
@@ -107,14 +108,12 @@ class Noise(_Weights):
 class Regrow(_Weights):
     """Give pruned weights a fresh initial value, so that the mask of a pruning defence is gone."""
 
-    least: float = 0.01  # share of zeros below which nothing was pruned
+    least: float = PRUNED  # share of zeros below which nothing was pruned
     name: Literal["regrow"] = "regrow"
 
     def obstacle(self, released: Released) -> str | None:
         """Only for pruned weights."""
-        names = [n for n, v in released.state.items() if v.is_floating_point() and v.ndim > 1]
-        zeros = sum(int((released.state[n] == 0).sum()) for n in names)
-        share = zeros / max(1, sum(released.state[n].numel() for n in names))
+        share = pruned(released.state)
         return None if share >= self.least else f"no pruned weights ({share:.1%} are zero)"
 
     def apply(self, released: Released, means: Means) -> Released:
