@@ -28,7 +28,7 @@ def test_the_named_recipes_ship() -> None:
     shipped = set(list_recipes())
     assert {"demo", "sophon/mnist-usps", "sophon/cifar10-mnist_m", "sophon/cifar10-split"} <= shipped
     assert {"mit/cifar10-split", "ntp/mnist-mnist_m", "ntp/mnist-usps", "ntp/usps-mnist_m"} <= shipped
-    assert {"mit/omniglot-mnist", "ntp/sensitivity"} <= shipped
+    assert {"mit/omniglot-mnist", "ntp/sensitivity", "ntp/encoders"} <= shipped
 
 
 def test_a_minimal_recipe_and_changes() -> None:
