@@ -68,9 +68,11 @@ def _model_args(arch: Architecture) -> dict[str, Any]:
 
 
 def _of_timm(arch: Architecture) -> bool:
+    if arch.factory is not None or arch.name == "small_conv" or ":" in arch.name:
+        return False  # without timm, which takes seconds to import
     import timm
 
-    return arch.factory is None and bool(timm.is_model(arch.name))
+    return bool(timm.is_model(arch.name))
 
 
 def _own(arch: Architecture) -> str:
@@ -80,9 +82,11 @@ def _own(arch: Architecture) -> str:
 
 
 def _fixed_size(arch: Architecture) -> bool:
+    if not _of_timm(arch):
+        return False
     import timm
 
-    config = timm.get_pretrained_cfg(arch.name) if _of_timm(arch) else None
+    config = timm.get_pretrained_cfg(arch.name)
     return bool(config is not None and config.fixed_input_size)
 
 
