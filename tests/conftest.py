@@ -14,6 +14,13 @@ from holdfast.recipes import PRETRAIN
 from holdfast.runtime import Runtime
 from holdfast.tasks import Classification
 
+LONGEST = ("test_run", "test_controls", "test_workers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:

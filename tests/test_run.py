@@ -18,6 +18,7 @@ from holdfast.bundle import load_bundle
 from holdfast.errors import UserError
 from holdfast.models import load_weights, save_weights
 from holdfast.records import RecordFile
+from test_cli import cli
 
 FILES = ["bundle/README.md", "bundle/config.json", "bundle/model.safetensors", "records.jsonl"]
 FILES += ["summary.json", "report.html", "report.md", "figures/curves.png", "figures/protection.png"]
@@ -157,36 +158,37 @@ class TestContract:
         with pytest.raises(UserError, match="needs the model factory"):
             load_bundle(tmp_path / "b")
 
-    def test_a_finished_run_is_not_run_again(self, finished: Path) -> None:
+    def test_a_finished_run_is_not_run_again(self, finished: Path, capsys, monkeypatch) -> None:
         recipe = finished.parent / "recipe.yaml"
         before = (finished / "records.jsonl").read_bytes()
-        code, _, err = call("run", recipe, "--out", finished)
+        code, _, err = cli(capsys, monkeypatch, "run", recipe, "--out", finished)
         assert (code, "add --resume" in err) == (2, True)
-        code, out, _ = call("run", recipe, "--out", finished, "--resume")
+        code, out, _ = cli(capsys, monkeypatch, "run", recipe, "--out", finished, "--resume")
         assert code == 0
         assert "report" in out
         assert (finished / "records.jsonl").read_bytes() == before
 
-    def test_another_recipe_in_the_same_folder_is_refused(self, finished: Path) -> None:
+    def test_another_recipe_in_the_same_folder_is_refused(self, finished: Path, capsys, monkeypatch) -> None:
         before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-        code, _, err = call("run", finished.parent / "recipe.yaml", "--out", finished, "--set", "seed=9", "--resume")
+        arguments = ["--out", finished, "--set", "seed=9", "--resume"]
+        code, _, err = cli(capsys, monkeypatch, "run", finished.parent / "recipe.yaml", *arguments)
         assert code == 2
         assert "belongs to another run" in err
         assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
-    def test_report_is_made_anew_from_records_alone(self, finished: Path) -> None:
+    def test_report_is_made_anew_from_records_alone(self, finished: Path, capsys, monkeypatch) -> None:
         summary = (finished / "summary.json").read_text()
         (finished / "summary.json").unlink()
-        code, _, _ = call("report", "--out", finished)
+        code, _, _ = cli(capsys, monkeypatch, "report", "--out", finished)
         assert code == 0
         assert (finished / "summary.json").read_text() == summary
 
-    def test_somebody_elses_checkpoint(self, finished: Path, tmp_path: Path) -> None:
+    def test_somebody_elses_checkpoint(self, finished: Path, tmp_path: Path, capsys, monkeypatch) -> None:
         arguments = ["--protected", finished / "bundle" / "model.safetensors", "--clean", finished / "clean"]
         arguments += ["--model", "small_conv", "--size", 8, "--restricted", "digits[5-9]"]
         arguments += ["--set", "model.channels=1", "--set", "model.options.width=16", "--set", "audit.steps=20"]
         arguments += ["--set", "audit.battery=paper-default", "--set", "audit.seeds=2", "--set", "runtime.jobs=1"]
-        code, out, err = call("audit", *arguments, "--out", tmp_path / "theirs")
+        code, out, err = cli(capsys, monkeypatch, "audit", *arguments, "--out", tmp_path / "theirs")
         assert code == 0, err
         assert "not measured" in out
         s = json.loads((tmp_path / "theirs" / "summary.json").read_text())
@@ -195,7 +197,7 @@ class TestContract:
         assert not any(a["simulated"] for a in s["restricted"]["attacks"])
         more = ["--protected", finished / "bundle", "--clean", finished / "clean", "--restricted", "digits[5-9]"]
         more += ["--original", "digits[0-4]", "--set", "audit={battery: paper-default, steps: 20, seeds: 2}"]
-        code, _, err = call("audit", *more, "--set", "runtime.jobs=1", "--out", tmp_path / "both")
+        code, _, err = cli(capsys, monkeypatch, "audit", *more, "--set", "runtime.jobs=1", "--out", tmp_path / "both")
         assert code == 0, err
         s = json.loads((tmp_path / "both" / "summary.json").read_text())
         assert s["intactness"]["ratio"] > 0.9
