@@ -163,11 +163,14 @@ class _Engine(Engine):
         given, spec = self.given, self.spec
         chosen = self._chosen("impair", number)
         noisy = len(self.labels) * spec.noise_copies
-        where = (chosen[chosen < noisy] % len(self.labels)).to(given.runtime.device)
+        where = chosen[chosen < noisy] % len(self.labels)
         retained = self.retained.batch(chosen[chosen >= noisy] - noisy, given.runtime)
-        made = torch.cat([p.detach() for p in self.noise.parameters()])
-        images = torch.cat([made[where], retained[0]])
-        labels = torch.cat([self.labels[where] + self.kept, retained[1]])
+        pools = [
+            p.detach() for p in self.noise.parameters()
+        ]  # a class each; of all classes too many to copy at every step
+        made = [pools[n // spec.noise_batch][n % spec.noise_batch].unsqueeze(0) for n in where.tolist()]
+        images = torch.cat([*made, retained[0]])
+        labels = torch.cat([self.labels[where.to(self.labels.device)] + self.kept, retained[1]])
         batch = given.runtime.images(images), labels
         return fit(self.joint, [batch], given.task.loss, self.adams["impair"], runtime=given.runtime).loss
 
