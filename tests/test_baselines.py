@@ -186,6 +186,20 @@ class TestNTP:
         history = spec.protect(model, kept, other.train, restricted_classes=2, **arguments)
         assert history.checks[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
 
+    def test_the_learning_rate_falls_once_the_mask_is_fixed(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        """Two iterations of ADMM at full rate, then ½·(1 + cos π·k/4), k = 0 … 3."""
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        spec = NTP(gamma=1.0, sparsity=0.5, iterations=2, steps=1, retrain=4, lr=0.01)
+        engine = spec.engine(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+        rates = []
+        for i in range(1, 7):
+            engine.iterate(i, 1.0)
+            rates.append(engine.adam.param_groups[0]["lr"])
+        assert rates == pytest.approx([0.01, 0.01, 0.01, 0.008536, 0.005, 0.001464], rel=1e-3)
+
 
 class TestUNSIR:
     def test_the_noises_loss_by_hand(self, task) -> None:

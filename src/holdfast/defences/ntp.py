@@ -42,7 +42,8 @@ class NTP(Guarded):
     An iteration of the first stage is one of ADMM: `steps` steps of Adam on the loss and ρ/2·‖W − Z + U‖², then the
     projection and the dual update. It ends after `iterations`, or as soon as Z has the target sparsity and the primal
     and dual residuals are at most `residual`; then the mask is fixed (Z ≠ 0) and the weights left are trained on,
-    without the penalty, for `retrain` iterations. Only masked states are judged and released.
+    without the penalty, for `retrain` iterations, in which the learning rate falls to zero along half a cosine (ours).
+    Only masked states are judged and released.
     """
 
     regulariser: Literal["fisher", "mmd", "none"] = "fisher"
@@ -147,6 +148,8 @@ class _Engine(Engine):
     def _train(self, iteration: int, strength: float) -> dict[str, float]:
         """`steps` steps, each on a batch of each domain; see `own_statistics`."""
         spec, given, weights, model = self.spec, self.given, self.weights(), self.given.model
+        for group in self.adam.param_groups:
+            group["lr"] = spec.lr * self._lr_factor(iteration)
         first = (iteration - 1) * spec.steps
         ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
@@ -169,6 +172,11 @@ class _Engine(Engine):
                 model, ours, loss, self.adam, runtime=given.runtime, after_step=lambda *_: self.mask.enforce(weights)
             )
         return {"ntp": math.nan if result.diverged_at else result.loss, **seen}
+
+    def _lr_factor(self, iteration: int) -> float:
+        """1 until the mask is fixed, then ½·(1 + cos π·progress): what swings about an optimum misses the tolerance."""
+        after = iteration - 1 - self.mask.since if self.mask.kept else 0
+        return 0.5 * (1 + math.cos(math.pi * after / self.spec.retrain))
 
     def _regulariser(self, original: Tensor, restricted: Tensor, labels: Tensor) -> Tensor:
         if self.spec.regulariser == "fisher":
