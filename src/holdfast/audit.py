@@ -76,7 +76,7 @@ def applicable(attacks: Sequence[Attack], bench: Bench) -> tuple[list[Attack], d
     released = [Released(bench.architecture, s, bench.head_classes) for s in bench.states.values()]
     for attack in attacks:
         why = None
-        if attack.keeps_head and bench.head_classes != bench.restricted.classes:
+        if attack.keeps_head and released[0].head() and bench.head_classes != bench.restricted.classes:
             why = "keeps the head, and the domains differ in number of classes"
         elif ORIGINAL_DATA in attack.needs and not bench.original:
             why = "needs original data, and there is no original domain"
@@ -145,9 +145,11 @@ def plan_cells(
     return specs
 
 
-def plan_benign(steps: int, seeds: int) -> list[CellSpec]:
-    """Fine-tuning to the third domain, three models."""
-    tuning = FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, weight_decay=0.0, steps=steps)
+def plan_benign(steps: int, seeds: int, head: bool = True) -> list[CellSpec]:
+    """Fine-tuning to the third domain, three models; `head`: whether they have one to re-initialise."""
+    tuning = FineTuning.named(
+        "initFC+all" if head else "direct+all", optimiser="adam", lr=1e-3, weight_decay=0.0, steps=steps
+    )
     attack = Attack(BENIGN, tuning)
     return [
         CellSpec(m, attack.control() if m == "scratch" else attack, (BENIGN,), (False,), seed, benign=True)
@@ -214,7 +216,8 @@ def run_audit(
             file.append(fresh)
             done |= {(r.model, r.attack, r.seed) for r in fresh}  # a cell that came twice counts once
             last = next(r for r in reversed(found) if r.split == "test")
-            bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {last.metric} {last.value:.3f}")
+            scale = bench.task.scale
+            bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {scale.name} {scale.shown(last.value)}")
 
 
 def measure_intactness(
@@ -241,7 +244,7 @@ def measure_intactness(
                     step=0,
                     last_step=0,
                     split=split,
-                    metric=task.metric,
+                    metric=task.scale.metric,
                     value=value,
                     loss=loss if math.isfinite(loss) else None,
                     samples=0,

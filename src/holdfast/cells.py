@@ -199,7 +199,7 @@ def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
                         step=step,
                         last_step=tuning.steps,
                         split=split,
-                        metric=bench.task.metric,
+                        metric=bench.task.scale.metric,
                         value=value,
                         loss=loss if math.isfinite(loss) else None,
                         samples=meter.samples(step),

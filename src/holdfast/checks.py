@@ -9,8 +9,8 @@ from typing import Any
 
 from holdfast.audit import MODELS
 from holdfast.measured import Measured
-from holdfast.metrics import LEARNS, MARGIN
 from holdfast.records import SearchRecord
+from holdfast.scales import ACCURACY, Scale
 from holdfast.statistics import interval, mean, paired
 
 ENOUGH_SEEDS = 3
@@ -46,6 +46,7 @@ class Evidence:
     ahead: float  # of clean before scratch, along the envelope of their best attacks
     foreign: bool = False  # somebody else's defence, of which nothing is known
     battery: str = ""
+    scale: Scale = ACCURACY
 
     @property
     def seeds(self) -> int:
@@ -71,21 +72,24 @@ def run_checks(seen: Evidence) -> list[Check]:
 
 def _learning(seen: Evidence) -> list[Check]:
     best = {m: max(a[m][-1] for a in seen.entries) for m in ("clean", "scratch")}
-    idle = [a["name"] for a in seen.entries if a["clean"][-1] - seen.chance < LEARNS]
+    idle = [a["name"] for a in seen.entries if a["clean"][-1] - seen.chance < seen.scale.learns]
     nothing = f"; says nothing, as it does not train the clean model either: {', '.join(idle)}" if idle else ""
     under = sum(a["clean_ahead"] for a in seen.entries)
-    ahead = seen.ahead > MARGIN
-    shown = {m: f"best {best[m]:.3f}, chance {seen.chance:.3f}" for m in best}
+    scale = seen.scale
+    ahead = seen.ahead > scale.margin
+    shown = {m: f"best {scale.shown(best[m])}, chance {scale.shown(seen.chance)}" for m in best}
     return [
-        Check("the clean model learns", best["clean"] - seen.chance >= LEARNS, shown["clean"] + nothing),
-        Check("the model from scratch learns", best["scratch"] - seen.chance >= LEARNS, shown["scratch"]),
+        Check("the clean model learns", best["clean"] - seen.chance >= scale.learns, shown["clean"] + nothing),
+        Check("the model from scratch learns", best["scratch"] - seen.chance >= scale.learns, shown["scratch"]),
         Check(
             "pre-training helps the attacker",
             ahead,
-            f"the best attacks on the clean model are {100 * seen.ahead:.1f} points ahead of scratch's along the way"
+            f"the best attacks on the clean model are {scale.amount(seen.ahead)} ahead of scratch's along the way"
             if ahead
-            else f"its best attacks at every budget are not ahead of scratch's ({100 * seen.ahead:+.1f} points along "
-            f"the way; ahead under {under} of {len(seen.entries)} attacks): there is little to protect in this pair",
+            else f"its best attacks at every budget are not ahead of scratch's ({scale.difference(seen.ahead)} "
+            f"{scale.unit} along the "
+            f"way; ahead under {under} of {len(seen.entries)} attacks): there is little to protect in this "
+            "pair",
         ),
     ]
 
@@ -93,7 +97,7 @@ def _learning(seen: Evidence) -> list[Check]:
 def _edge(seen: Evidence) -> Check:
     at: dict[str, list[str]] = {m: [] for m in MODELS}
     # Where the clean model did not learn at any rate either, the attack says nothing, and its edge neither.
-    idle = {n for s in seen.searches if s.model == "clean" and not _learned(s, seen.chance) for n in s.attacks}
+    idle = {n for s in seen.searches if s.model == "clean" and not _learned(s, seen) for n in s.attacks}
     for search in (s for s in seen.searches if s.edge and not idle.issuperset(s.attacks)):
         at[search.model].append(f"{search.attacks[0]} (lr {search.chosen['lr']:g})")
     others = "; ".join(f"{m}: {', '.join(at[m])}" for m in ("clean", "scratch") if at[m])
@@ -108,8 +112,10 @@ def _edge(seen: Evidence) -> Check:
     )
 
 
-def _learned(search: SearchRecord, chance: float) -> bool:
-    return max((t["values"][-1] for t in search.trials if not t["pruned"]), default=0.0) - chance >= LEARNS
+def _learned(search: SearchRecord, seen: Evidence) -> bool:
+    return (
+        max((t["values"][-1] for t in search.trials if not t["pruned"]), default=0.0) - seen.chance >= seen.scale.learns
+    )
 
 
 def _diverged(seen: Evidence) -> Check:
@@ -127,7 +133,11 @@ def _dead(seen: Evidence) -> Check:
     if not reviving:
         return Check(name, False, f"{where}, and no attack of this audit revives it")
     best = max(reviving, key=lambda m: mean(m.final("protected")))
-    return Check(name, True, f"{where}; {best.name}, which revives, takes it to {mean(best.final('protected')):.3f}")
+    return Check(
+        name,
+        True,
+        f"{where}; {best.name}, which revives, takes it to {seen.scale.shown(mean(best.final('protected')))}",
+    )
 
 
 def _order(seen: Evidence) -> Check:
@@ -143,8 +153,8 @@ def _order(seen: Evidence) -> Check:
         for model in MODELS:
             gap = paired(weak.final(model), strong.final(model))
             limits = interval(gap)
-            if mean(gap) > MARGIN and (limits is None or limits[0] > 0):
-                wrong[model].append(f"{weak.name} over {strong.name}, by {100 * mean(gap):.1f} points")
+            if mean(gap) > seen.scale.margin and (limits is None or limits[0] > 0):
+                wrong[model].append(f"{weak.name} over {strong.name}, by {seen.scale.amount(mean(gap))}")
     others = "; ".join(f"{m}: {', '.join(wrong[m])}" for m in ("clean", "scratch") if wrong[m])
     message = ", ".join(wrong["protected"]) or f"{len(pairs)} pairs compared"
     return Check(name, not wrong["protected"], message + (f"; for the controls: {others}" if others else ""))

@@ -116,22 +116,25 @@ class DomainSpec:
             require(0 < value < 0.9, f"{name} must lie in (0, 0.9), but got {value}")
 
 
-def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int = 0) -> Domain:
+def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int = 0, least_classes: int = 2) -> Domain:
     """Decode a domain. Which images are taken depends on `seed` and the spec alone.
 
     Several domains at once, `usps + mnist_m`, are one: classes of the same name are the same class, all limits hold for
-    each of them. Raises `UserError` for data that is missing, truncated, corrupt, unlabelled or of one class.
+    each of them. Raises `UserError` for data that is missing, truncated, corrupt or unlabelled, or that has fewer than
+    `least_classes` classes: one is enough for generation.
     """
     spec = DomainSpec(spec) if isinstance(spec, str) else spec
     parts = parts_of(spec.data)
     if len(parts) > 1:
-        return _joined(spec.data, [load_domain(replace(spec, data=p), preprocessing, seed) for p in parts])
+        return _joined(
+            spec.data, [load_domain(replace(spec, data=p), preprocessing, seed, least_classes) for p in parts]
+        )
     name, selection = parse_selection(spec.data)
     source = open_source(name)
     chosen = select_classes(source.classes, selection)
     require(
-        len(chosen) >= 2,
-        f"'{spec.data}' has one class ({source.classes[chosen[0]]}); classification needs at least 2",
+        len(chosen) >= least_classes,
+        f"'{spec.data}' has one class ({source.classes[chosen[0]]}); classification needs at least {least_classes}",
     )
     train = _pick(source.train, chosen, None, source, seed, "train")
     test, validation = source.test, source.validation

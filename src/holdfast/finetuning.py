@@ -77,7 +77,7 @@ class FineTuning:
     @staticmethod
     def named(name: str, **changes: Any) -> FineTuning:
         """A strategy by its name in the literature, with the paper's default optimisation: `direct+all`, `initFC+FC`,
-        `initFC+all`, `last-k+all`, `initFC+LoRA`, `scratch`."""
+        `initFC+all`, `last-k+all`, `initFC+LoRA`, `direct+LoRA`, `scratch`."""
         if name not in ALIASES:
             raise unknown("fine-tuning strategy", name, ALIASES)
         initialise, train = ALIASES[name]
@@ -98,7 +98,9 @@ class FineTuning:
         if self.initialise in ("keep", "scratch"):
             return []
         if self.initialise == "head":
-            return architecture.head(model, classes)
+            heads = architecture.head(model, classes)
+            require(bool(heads), "the model has no head to re-initialise: nothing in it depends on the classes")
+            return heads
         return last_layers(model, self.k, architecture.example().to(next(model.parameters()).device))
 
     def initialise_from(
@@ -144,6 +146,7 @@ class FineTuning:
             chosen = list(model.parameters())
         else:
             heads = architecture.head(model, classes)
+            require(bool(heads) or self.train == "lora", "the model has no head to train")
             chosen = [p for n, p in model.named_parameters() if n.startswith(tuple(f"{h}." for h in heads))]
             chosen += add_adapters(model, self.rank, heads) if self.train == "lora" else []
         trained = {id(p) for p in chosen}
@@ -201,6 +204,7 @@ class FineTuning:
                 task.loss,
                 optimiser,
                 runtime=runtime,
+                forward=task.forward,
                 schedule=self.build_schedule(optimiser),
                 seed=derive(seed, "noise"),
                 set_mode=self.set_mode,
@@ -265,6 +269,7 @@ ALIASES: Mapping[str, tuple[Initialise, Train]] = MappingProxyType(
         "initFC+all": ("head", "all"),
         "last-k+all": ("last-k", "all"),
         "initFC+LoRA": ("head", "lora"),
+        "direct+LoRA": ("keep", "lora"),
         "scratch": ("scratch", "all"),
     }
 )

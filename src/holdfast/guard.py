@@ -20,6 +20,7 @@ from holdfast.errors import UserError, require
 from holdfast.files import load_torch, save_every_seconds, save_torch
 from holdfast.models import State, load_state, state_of
 from holdfast.progress import Bar, Reporter
+from holdfast.scales import ACCURACY, Scale
 
 Phase = Literal["free", "guarded", "candidate"]
 Select = Literal["lowest", "last"]
@@ -45,9 +46,9 @@ Measure = Callable[[], float]
 class Guard:
     """Constraint on intactness, checked every `every` iterations on original *validation* data.
 
-    The metric may fall by a share `tolerance` of what the unprotected model reaches. On a breach, or a NaN, model and
-    optimisers go back to the last good state and suppression is weakened by `weaken`; each good check strengthens it
-    again by `recover`, up to 1.
+    The metric may fall by a share `tolerance` of what the unprotected model reaches (an error may rise by it). On a
+    breach, or a NaN, model and optimisers go back to the last good state and suppression is weakened by `weaken`; each
+    good check strengthens it again by `recover`, up to 1.
 
     A defence in stages says which `Phase` an iteration is in: `free` (intactness is only recorded: it is to be repaired
     later), `guarded` (kept, but the state is not yet what is to be released), or `candidate`. From one phase there is
@@ -56,6 +57,7 @@ class Guard:
 
     tolerance: float
     every: int
+    scale: Scale = ACCURACY
     weaken: float = 0.5
     recover: float = 1.25
     weakest: float = 1e-3
@@ -150,7 +152,7 @@ def run_guarded(
     state = _start(model, optimisers, original, probe, identity, workplace, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
-    floor = progress.baseline * (1 - guard.tolerance)
+    floor = guard.scale.floor(progress.baseline, guard.tolerance)
     saved = time.monotonic()
     with workplace.reporter.bar("protect", iterations, progress.iteration) as bar, _curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))

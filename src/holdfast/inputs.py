@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import WEIGHTS, read_weights
 from holdfast.cells import Bench, Ground
 from holdfast.defences.base import Given
-from holdfast.domains import Domain, ImageData, load_domain, parse_selection, parts_of, sample
+from holdfast.domains import Domain, DomainSpec, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
 from holdfast.models import Architecture, State
 from holdfast.recipes import Recipe
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
-from holdfast.tasks import Classification, Task
+from holdfast.tasks import Task
+from holdfast.tasktable import TASKS
 
 
 @dataclass
@@ -38,7 +39,6 @@ class Inputs:
     recipe: Recipe
     protected: str | None = None
     with_original: bool = True
-    task: Task = field(default_factory=Classification)
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -53,14 +53,23 @@ class Inputs:
         return models.with_pretrained_normalisation(arch) if self.recipe.weights == "timm" else arch
 
     @cached_property
+    def task(self) -> Task:
+        """What the model is for."""
+        return TASKS[self.recipe.task]
+
+    def _load(self, spec: DomainSpec) -> Domain:
+        preprocessing = self.architecture.preprocessing
+        return load_domain(spec, preprocessing, self.recipe.seed, self.task.least_classes).to(self.runtime)
+
+    @cached_property
     def original(self) -> Domain:
         """The original domain, on the device."""
-        return load_domain(self.recipe.original, self.architecture.preprocessing, self.recipe.seed).to(self.runtime)
+        return self._load(self.recipe.original)
 
     @cached_property
     def restricted(self) -> Domain:
         """The restricted domain, on the device."""
-        return load_domain(self.recipe.restricted, self.architecture.preprocessing, self.recipe.seed).to(self.runtime)
+        return self._load(self.recipe.restricted)
 
     @cached_property
     def halves(self) -> tuple[ImageData, ImageData]:
@@ -76,7 +85,8 @@ class Inputs:
         sample(self.halves[1], self.recipe.restricted.adversary, 0)  # raises where there are too few
         ours, theirs = len(self.head_classes), len(self.restricted.classes)
         model = self.architecture.build(ours)
-        self.architecture.head(model, ours)
+        self.task.check(model)
+        heads = self.architecture.head(model, ours)
         weights = self.recipe.weights
         if weights == "timm":
             self.architecture.build(ours, pretrained=True)
@@ -91,11 +101,17 @@ class Inputs:
             attack.tuning.fresh_layers(learner, self.architecture, theirs)
         every = self.recipe.audit.all_attacks()
         require(
-            ours == theirs or not all(a.keeps_head for a in every),
+            not heads or ours == theirs or not all(a.keeps_head for a in every),
             "head and classes do not agree, and every attack of the audit keeps the head",
         )
         if self.recipe.benign:
             _ = self.benign_ground
+
+    @cached_property
+    def head(self) -> list[str]:
+        """Names of the head's layers; none for a model without classes."""
+        classes = len(self.head_classes)
+        return self.architecture.head(self.architecture.build(classes), classes)
 
     def given(self, model: nn.Module) -> Given:
         """What a defence is given, with `model` for the original classes on the device."""
@@ -121,7 +137,7 @@ class Inputs:
     def benign(self) -> Domain | None:
         """The third domain, to which fine-tuning should stay possible; None where the recipe names none."""
         spec = self.recipe.benign
-        return load_domain(spec, self.architecture.preprocessing, self.recipe.seed).to(self.runtime) if spec else None
+        return self._load(spec) if spec else None
 
     @cached_property
     def benign_ground(self) -> Ground | None:

@@ -54,14 +54,18 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def find_head(model: nn.Module, classes: int, example: Tensor) -> list[str]:
-    """Names of the module(s) that make the logits.
+    """Names of the module(s) that depend on the classes: those that make the logits; none for a model without classes.
 
-    The last linear layer or convolution that ran; where timm's `get_classifier` names several (a distilled ViT has
-    two), all of them. Raises `UserError` where it does not have `classes` outputs.
+    What the model itself says by a method `head_layers`; else the last linear layer or convolution that ran; where
+    timm's `get_classifier` names several (a distilled ViT has two), all of them. Raises `UserError` where it does not
+    have `classes` outputs.
     """
     names = {id(m): n for n, m in model.named_modules()}
     heads = [names[id(m)] for m in _declared_heads(model) if id(m) in names]
-    if len(heads) < 2:
+    own = getattr(model, "head_layers", None)
+    if callable(own):
+        heads = own()
+    elif len(heads) < 2:
         ran = [n for n in executed_layers(model, example) if isinstance(model.get_submodule(n), WEIGHT_LAYERS)]
         require(bool(ran), "no head found: the model has no linear layer or convolution")
         heads = ran[-1:]
@@ -109,7 +113,7 @@ def owned_tensors(model: nn.Module, layer: str) -> list[str]:
 
 def initialise_head(layer: nn.Module, rng: torch.Generator) -> None:
     """Xavier-uniform weight and zero bias, as SOPHON's published code re-initialises it; same draw on any device."""
-    weight, bias = _weight(layer), layer.bias
+    weight, bias = _weight(layer), getattr(layer, "bias", None)
     with torch.no_grad():
         fresh = torch.empty(weight.shape, dtype=torch.float32)
         nn.init.xavier_uniform_(fresh.flatten(1), generator=rng)

@@ -53,3 +53,32 @@ def _scores(logits: Tensor) -> Tensor:
         f"a suppression loss takes logits of shape (n, C) with C ≥ 2, but got {tuple(logits.shape)}",
     )
     return logits.float()
+
+
+def noise_error(outputs: Tensor) -> Tensor:
+    """Mean squared error of each image, (n,) float32, from `outputs` (n, 2, …): predictions and what they should be."""
+    require(
+        outputs.ndim >= 3 and outputs.shape[1] == 2,
+        f"a denoising loss takes predictions and targets, (n, 2, …), but got {tuple(outputs.shape)}",
+    )
+    predicted, target = outputs.float().unbind(1)
+    return (predicted - target).square().flatten(1).mean(1)
+
+
+def denial_of_service(outputs: Tensor, _: Tensor | None = None) -> Tensor:
+    """DoS, SOPHON Equation 16: the mean of ‖f(x_t, t)‖², per element. Lies in [0, ∞); 0 where the network answers zero.
+
+    Its gradient by an element of the prediction is 2·f̂ ÷ (number of elements), which fades as the goal is reached; the
+    paper's sum over an image's elements differs by that constant. Neither labels nor the true noise are used.
+    """
+    require(
+        outputs.ndim >= 3 and outputs.shape[1] == 2,
+        f"a denoising loss takes predictions and targets, (n, 2, …), but got {tuple(outputs.shape)}",
+    )
+    return outputs[:, 0].float().square().mean()
+
+
+def inverse_mse(outputs: Tensor, _: Tensor | None = None) -> Tensor:
+    """`mse`: the mean squared error, negated. Lies in (−∞, 0], without a lower end: its gradient, −2·(f̂ − ε) per
+    element (Equation 15), grows with success. What SOPHON's Figure 14 shows to diverge."""
+    return -noise_error(outputs).mean()

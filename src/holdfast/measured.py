@@ -11,6 +11,7 @@ from holdfast.audit import BENIGN, MODELS, ORIGINAL
 from holdfast.errors import require
 from holdfast.metrics import Verdict, area, strongest, verdict
 from holdfast.records import Record, curves
+from holdfast.scales import ACCURACY, Scale
 from holdfast.statistics import deviation, mean
 
 Curves = list[list[float]]
@@ -117,7 +118,9 @@ class WorstCase:
         return mean([area(curve) for curve in self.envelopes[model]])
 
 
-def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance: float) -> WorstCase:
+def worst_case(
+    test: Sequence[Measured], validation: Sequence[Measured], chance: float, scale: Scale = ACCURACY
+) -> WorstCase:
     """In the end, the best on validation data for each model on its own: among the attacks whose final metric is
     within the margin of the best one (a difference that small is chance), the one that is best along the way."""
     budget = Counter(m.steps[-1] for m in test).most_common(1)[0][0]
@@ -126,11 +129,11 @@ def worst_case(test: Sequence[Measured], validation: Sequence[Measured], chance:
     envelopes: dict[str, Curves] = {}
     for model in MODELS:
         curves = [m.mean(model) for m in validation]
-        chosen[model] = test[strongest(curves, [m.points(budget) for m in validation])]
+        chosen[model] = test[strongest(curves, [m.points(budget) for m in validation], scale)]
         envelopes[model] = _envelope(test, validation, steps, model)
     joined = [[[*way, end] for way, end in zip(envelopes[m], chosen[m].final(m), strict=True)] for m in MODELS]
     count = len(steps)
-    found = verdict(joined[0], joined[1], joined[2], chance, (count, count, count))
+    found = verdict(joined[0], joined[1], joined[2], chance, (count, count, count), scale)
     return WorstCase(chosen["protected"], chosen["clean"], chosen["scratch"], steps, envelopes, found)
 
 

@@ -1,4 +1,4 @@
-"""Classifiers by name: our small network, any of timm, or a user's own factory; and their weights."""
+"""Models by name: our small network, any of timm, a U-Net of diffusers, or a user's own factory; and their weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from holdfast.denoisers import UNETS, build_denoiser
 from holdfast.errors import UserError, one_line, require
 from holdfast.files import load_torch, write_atomic
 from holdfast.layers import find_head
@@ -55,8 +56,9 @@ class SmallConvNet(nn.Sequential):
 class Architecture:
     """How to build a model anew, and the input it takes.
 
-    `name`: `small_conv`, any timm model, or `module:factory` for your own (`factory(classes) -> nn.Module`; it must be
-    importable). `options` go to the constructor. From Python, `factory` takes a callable directly.
+    `name`: `small_conv`, any timm model, `unet2d` or `unet2d_condition` (diffusion; see `denoisers.build_denoiser`), or
+    `module:factory` for your own (`factory(classes) -> nn.Module`; it must be importable). `options` go to the
+    constructor. From Python, `factory` takes a callable directly.
     """
 
     name: str = "small_conv"
@@ -77,8 +79,10 @@ class Architecture:
         return Preprocessing(self.size, self.channels, tuple(self.mean), tuple(self.std))
 
     def example(self, batch: int = 1) -> Tensor:
-        """Zeros of the input's shape, (batch, channels, size, size)."""
-        return torch.zeros(batch, self.channels, self.size, self.size)
+        """Zeros of the input's shape, (batch, channels, size, size); for a latent U-Net, of its latents."""
+        latents = self.options.get("unet", {}) if self.name in UNETS else {}
+        size = latents.get("sample_size") or self.size
+        return torch.zeros(batch, latents.get("in_channels", self.channels), size, size)
 
     def build(self, classes: int, seed: int = 0, pretrained: bool = False) -> nn.Module:
         """A freshly initialised model with `classes` outputs. `pretrained`: with timm's published weights."""
@@ -93,15 +97,17 @@ class Architecture:
     def construct(self, classes: int, pretrained: bool = False) -> nn.Module:
         """As `build`, with whatever torch's generators draw; for factories that `build` calls."""
         factory = self.factory or (import_factory(self.name) if ":" in self.name else None)
-        if factory is not None or self.name == "small_conv":
+        if factory is not None or self.name in (*UNETS, "small_conv"):
             require(not pretrained, f"'{self.name}' has no published weights; give a file, or pre-train it")
             if factory is not None:
                 return factory(classes)
+            if self.name in UNETS:
+                return build_denoiser(self.name, self.options, self.size, self.channels, classes)
             return SmallConvNet(classes, self.channels, **self.options)
         import timm
 
         if not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, ["small_conv", *timm.list_models()], n=3)
+            near = difflib.get_close_matches(self.name, ["small_conv", *UNETS, *timm.list_models()], n=3)
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise UserError(f"unknown model '{self.name}'{hint}; `holdfast list models` names all")
         arguments: dict[str, Any] = {"num_classes": classes, "in_chans": self.channels, "pretrained": pretrained}

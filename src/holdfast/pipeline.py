@@ -226,7 +226,7 @@ class Run:
             taken = adopt_searches(self.controls, good, files, searches, where) if self.controls else 0
             chosen = run_searches(searches, bench, files.searches, *workers)
             cells = plan_cells(attacks, seeds, chosen, self._simulates())
-            cells += plan_benign(given.recipe.audit.steps, seeds) if bench.benign else []
+            cells += plan_benign(given.recipe.audit.steps, seeds, bool(given.head)) if bench.benign else []
             taken += adopt_cells(self.controls, good, files, cells, where) if self.controls else 0
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")

@@ -19,7 +19,7 @@ from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
 from holdfast.tasks import Loss, Task
-from holdfast.training import Batch, evaluate, fit, minibatches
+from holdfast.training import Batch, Forward, evaluate, fit, minibatches, plain
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def train(
     *,
     runtime: Runtime,
     seed: int,
+    forward: Forward = plain,
     others: Mapping[str, Stateful] | None = None,
     checkpoint: Checkpoint | None = None,
     reporter: Reporter,
@@ -93,6 +94,7 @@ def train(
             loss,
             optimiser,
             runtime=runtime,
+            forward=forward,
             schedule=schedule,
             seed=derive(seed, "noise"),
             first_step=first,
@@ -132,9 +134,12 @@ def pretrain(
         tuning.choose_parameters(model, architecture, classes),
         runtime=runtime,
         seed=seed,
+        forward=task.forward,
         checkpoint=checkpoint,
         reporter=reporter,
     )
     metric, loss = evaluate(model, domain.validation, task, runtime)
-    reporter.say(f"pretrain: {task.metric} {metric:.3f}, loss {loss:.3f} on validation data of {domain.name}")
+    reporter.say(
+        f"pretrain: {task.scale.name} {task.scale.shown(metric)}, loss {loss:.3f} on validation data of {domain.name}"
+    )
     return state_of(model)

@@ -18,6 +18,7 @@ from holdfast.errors import UserError, require, unknown
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture
 from holdfast.selfsupervised import SelfSupervision
+from holdfast.tasktable import TASKS
 
 PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", batch_size=64, steps=1000)
 
@@ -48,15 +49,17 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `weights`: a file or bundle folder to start from, `timm` for timm's published weights, or None to
-    pre-train from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `self_supervised`:
-    pre-train without labels. `benign`: a third domain, to which fine-tuning should stay possible."""
+    """A whole run. `task`: classification or denoising (diffusion models). `weights`: a file or bundle folder to start
+    from, `timm` for timm's published weights, or None to pre-train from scratch on the original domain; with `timm`,
+    `pretrain` fine-tunes them to it. `self_supervised`: pre-train without labels. `benign`: a third domain, to which
+    fine-tuning should stay possible."""
 
     original: DomainSpec
     restricted: DomainSpec
     benign: DomainSpec | None = None
     name: str = "run"
     description: str = ""
+    task: str = "classification"
     seed: int = 0
     model: Architecture = field(default_factory=Architecture)
     weights: str | None = None
@@ -68,6 +71,8 @@ class Recipe:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise unknown("task", self.task, TASKS)
         require(
             self.self_supervised is None or self.weights is None,
             "self_supervised pre-trains from scratch; it cannot go with weights",

@@ -12,8 +12,9 @@ import optuna
 from holdfast.attacks.attack import Attack, Search
 from holdfast.cells import Bench, CellSpec, Meter, Prepared, follow, prepare, start
 from holdfast.finetuning import MOST_LR
-from holdfast.metrics import LEARNS, MARGIN, strongest
+from holdfast.metrics import strongest
 from holdfast.records import SearchRecord
+from holdfast.scales import ACCURACY, Scale
 from holdfast.seeding import derive
 from holdfast.training import evaluate
 
@@ -30,6 +31,7 @@ class Tries:
     steps: int = 0
     samples: int = 0
     flops: float = 0.0
+    scale: Scale = ACCURACY
     ready: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
 
     def prepared(self, bench: Bench, model: str, attack: Attack) -> Prepared:
@@ -44,7 +46,7 @@ class Tries:
     def best(self) -> dict[str, Any] | None:
         """The strongest try that was not given up; None where there is none."""
         whole = [t for t in self.trials if not t["pruned"]]
-        return whole[strongest([t["values"] for t in whole])] if whole else None
+        return whole[strongest([t["values"] for t in whole], scale=self.scale)] if whole else None
 
     def at_edge(self, chance: float) -> float | None:
         """Where to look on: ×10 beyond the best learning rate if it is the largest tried, ÷10 if the smallest; None
@@ -53,10 +55,10 @@ class Tries:
         best = self.best()
         rates = [t["setting"]["lr"] for t in self.trials]
         low, high = min(rates), max(rates)
-        if best is None or best["values"][-1] - chance < LEARNS:
+        if best is None or best["values"][-1] - chance < self.scale.learns:
             return float(round(high * 10, 12))
         inner = [t for t in self.trials if not t["pruned"] and low < t["setting"]["lr"] < high]
-        if any(t["values"][-1] >= best["values"][-1] - MARGIN for t in inner):
+        if any(t["values"][-1] >= best["values"][-1] - self.scale.margin for t in inner):
             return None
         lr = float(best["setting"]["lr"])
         beyond = lr * 10 if lr == high else lr / 10
@@ -74,6 +76,7 @@ class Lagging(optuna.pruners.BasePruner):
     chance: float
     warm_up: int
     startup: int = 2
+    scale: Scale = ACCURACY
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether `trial` is to end; see `optuna.pruners.BasePruner`."""
@@ -83,7 +86,7 @@ class Lagging(optuna.pruners.BasePruner):
         if step is None or step < self.warm_up or len(values) < self.startup:
             return False
         middle = median(values)
-        return middle - self.chance >= LEARNS and max(seen.values()) < middle - MARGIN
+        return middle - self.chance >= self.scale.learns and max(seen.values()) < middle - self.scale.margin
 
 
 def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
@@ -91,13 +94,14 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
     search = spec.attack.search
     if search is None:
         raise ValueError(f"attack '{spec.attack.name}' has nothing to search")
-    began, tries = time.monotonic(), Tries()
+    scale = bench.task.scale
+    began, tries = time.monotonic(), Tries(scale=scale)
     steps = bench.curve(spec.attack.tuning.steps)
     chance = bench.task.chance(bench.restricted.validation.labels)
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=derive(SEED, "search") % 2**32),
-        pruner=Lagging(chance, max(1, spec.attack.tuning.steps // 4)),
+        pruner=Lagging(chance, max(1, spec.attack.tuning.steps // 4), scale=scale),
     )
     for lr in search.lr:
         _try(bench, spec, search, study, tries, steps, lr)

@@ -210,6 +210,7 @@ def _with_head(
     tuning.run(model, domain.train, task, architecture, classes, runtime=runtime, seed=seed)
     metric, _ = evaluate(model, domain.validation, task, runtime)
     reporter.say(
-        f"pretrain: {spec.method}, {task.metric} {metric:.3f} of a linear head on validation data of {domain.name}"
+        f"pretrain: {spec.method}, {task.scale.name} {task.scale.shown(metric)} of a linear head on "
+        f"validation data of {domain.name}"
     )
     return state_of(model)

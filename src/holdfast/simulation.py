@@ -88,7 +88,7 @@ def accumulate_along_path(
     held_out: Iterator[Batch],
     gammas: Sequence[float],
     *,
-    loss: Loss,
+    task: Task,
     suppression: Loss,
     accumulator: Accumulator,
     names: Sequence[str],
@@ -111,7 +111,7 @@ def accumulate_along_path(
         if gamma == 0:
             return
         with runtime.autocast():
-            outputs = learner(inputs)
+            outputs = task.forward(learner, inputs, labels)
         value = suppression(outputs, labels)
         if targets:  # none where the adversary re-initialised all there is
             accumulator.add(names, torch.autograd.grad(value, targets, allow_unused=True), gamma)
@@ -120,9 +120,10 @@ def accumulate_along_path(
     result = fit(
         learner,
         adapt,
-        loss,
+        task.loss,
         tuning.build_optimiser(parameters),
         runtime=runtime,
+        forward=task.forward,
         set_mode=tuning.set_mode,
         seed=seed,
         after_step=after_step,
@@ -174,7 +175,7 @@ class Simulator:
                 minibatches(self.data, tuning.batch_size, steps, derive(seed, "adapt"), self.runtime, within=adapt),
                 minibatches(self.data, held_size, steps, derive(seed, "evaluate"), self.runtime, within=evaluate),
                 gammas,
-                loss=self.task.loss,
+                task=self.task,
                 suppression=suppression,
                 accumulator=accumulator,
                 names=names,

@@ -12,28 +12,53 @@ from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast import losses
 from holdfast.errors import unknown
+from holdfast.scales import ACCURACY, Scale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Task(Protocol):
-    """The interface of a task. `outputs` are what the model returns, `targets` what the data holds."""
+    """The interface of a task. `outputs` are what `forward` returns, `targets` what the data holds."""
 
     @property
-    def metric(self) -> str:
-        """Name of the metric; it is in [0, 1] and higher is better for the one who trains."""
+    def scale(self) -> Scale:
+        """The metric and how it is read; it is at most 1, and higher is better for the one who trains."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """As recipes call it."""
+        ...
+
+    @property
+    def labelled(self) -> bool:
+        """Whether outputs are logits over labels."""
+        ...
+
+    @property
+    def least_classes(self) -> int:
+        """How many classes a domain needs."""
+        ...
+
+    def check(self, model: nn.Module) -> None:
+        """`UserError` where a model is none for this task."""
+        ...
+
+    def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
+        """What loss and score are made of. `first`: the place of the first sample in the data that are evaluated;
+        None in training, where a task may draw from torch's generators."""
         ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Training loss, a float32 scalar."""
         ...
 
-    def suppression(self, name: str) -> Loss:
-        """A suppression loss by name; `UserError` for one that does not fit the task."""
+    def suppression(self, name: str | None) -> Loss:
+        """A suppression loss by name, None for the task's own; `UserError` for one that does not fit the task."""
         ...
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -49,8 +74,10 @@ class Task(Protocol):
 class Classification:
     """Cross-entropy and accuracy over logits (n, C) and labels (n,) int64."""
 
-    metric: str = "accuracy"
-
+    scale: ClassVar[Scale] = ACCURACY
+    name: ClassVar[str] = "classification"
+    labelled: ClassVar[bool] = True
+    least_classes: ClassVar[int] = 2
     SUPPRESSION: ClassVar[Mapping[str, Loss]] = MappingProxyType(
         {
             "ice": losses.inverse_cross_entropy,
@@ -59,15 +86,21 @@ class Classification:
         }
     )
 
+    def check(self, model: nn.Module) -> None:
+        """Any network may classify."""
+
+    def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
+        """The logits."""
+        logits: Tensor = model(inputs)
+        return logits
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in float32 whatever the logits are."""
         return F.cross_entropy(outputs.float(), targets)
 
-    def suppression(self, name: str) -> Loss:
-        """`ice` (Eq. 11), `klu` (Eq. 13) or `ice_logits` (SOPHON's published code)."""
-        if name not in self.SUPPRESSION:
-            raise unknown("suppression loss", name, self.SUPPRESSION)
-        return self.SUPPRESSION[name]
+    def suppression(self, name: str | None) -> Loss:
+        """`ice` (Eq. 11; the default), `klu` (Eq. 13) or `ice_logits` (SOPHON's published code)."""
+        return chosen_loss(self.SUPPRESSION, name)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1 where the largest logit is the label's and finite, else 0: a model full of NaN knows nothing."""
@@ -77,3 +110,12 @@ class Classification:
     def chance(self, targets: Tensor) -> float:
         """The share of the most frequent class: 1/C where classes are balanced."""
         return float(torch.bincount(targets).max() / len(targets))
+
+
+def chosen_loss(table: Mapping[str, Loss], name: str | None) -> Loss:
+    """The loss of that name, or the first of the table."""
+    if name is None:
+        return next(iter(table.values()))
+    if name not in table:
+        raise unknown("suppression loss", name, table)
+    return table[name]

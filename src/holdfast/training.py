@@ -19,6 +19,7 @@ from holdfast.seeding import derive, generator
 from holdfast.tasks import Loss, Task
 
 Batch = tuple[Tensor, Tensor]
+Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 AfterStep = Callable[[int, float], bool | None]
 
 
@@ -31,6 +32,12 @@ class FitResult:
     diverged_at: int | None = None
 
 
+def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """`model(inputs)`: the forward pass of those who train on no task's loss."""
+    outputs: Tensor = model(inputs)
+    return outputs
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -38,6 +45,7 @@ def fit(
     optimiser: torch.optim.Optimizer,
     *,
     runtime: Runtime,
+    forward: Forward = plain,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     clip: float | None = None,
     seed: int | None = None,
@@ -48,7 +56,8 @@ def fit(
     """Forward, backward, update for every batch; `after_step(step, loss)` after each, from step `first_step + 1` on.
 
     A true value from `after_step` ends the run; so does a loss that is not finite, before it reaches the weights.
-    `clip`: largest L2 norm of the gradient. `set_mode` is called before every step, so a callback may change modes.
+    `forward`: a task's, which makes of model, inputs and targets what `loss` takes. `clip`: largest L2 norm of the
+    gradient. `set_mode` is called before every step, so a callback may change modes.
     With `seed`, step s draws from the stream (seed, "step", s): dropout does not depend on where a run was resumed.
     Works on the model in place.
     """
@@ -58,7 +67,7 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
             torch.manual_seed(derive(seed, "step", step))
-        current = _forward(model, inputs, targets, loss, runtime)
+        current = _loss(model, inputs, targets, forward, loss, runtime)
         value = current.item()
         if not math.isfinite(value):
             return FitResult(step, value, step)
@@ -66,7 +75,8 @@ def fit(
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if isinstance(optimiser, SAM):
-            optimiser.step(partial(_gradients_anew, model, inputs, targets, loss, runtime, optimiser))
+            drawn = derive(seed, "step", step) if seed is not None else None
+            optimiser.step(partial(_gradients_anew, model, inputs, targets, forward, loss, runtime, optimiser, drawn))
         else:
             optimiser.step()
         if schedule is not None:
@@ -76,17 +86,27 @@ def fit(
     return FitResult(step, value)
 
 
-def _forward(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, runtime: Runtime) -> Tensor:
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward, loss: Loss, runtime: Runtime) -> Tensor:
     with runtime.autocast():
-        outputs = model(inputs)
+        outputs = forward(model, inputs, targets)
     return loss(outputs, targets)
 
 
 def _gradients_anew(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, runtime: Runtime, optimiser: torch.optim.Optimizer
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    forward: Forward,
+    loss: Loss,
+    runtime: Runtime,
+    optimiser: torch.optim.Optimizer,
+    drawn: int | None,
 ) -> None:
+    """The gradient of the same loss elsewhere: with the same noise and dropout as at the first."""
     optimiser.zero_grad(set_to_none=True)
-    _forward(model, inputs, targets, loss, runtime).backward()  # type: ignore[no-untyped-call]
+    if drawn is not None:
+        torch.manual_seed(drawn)
+    _loss(model, inputs, targets, forward, loss, runtime).backward()  # type: ignore[no-untyped-call]
 
 
 def minibatches(
@@ -126,14 +146,14 @@ def minibatches(
 def evaluate(
     model: nn.Module, data: ImageData, task: Task, runtime: Runtime, batch_size: int = 500
 ) -> tuple[float, float]:
-    """Metric in [0, 1] and mean loss on all of `data`, in evaluation mode; the model's modes are put back."""
+    """Metric and mean loss on all of `data`, in evaluation mode; the model's modes are put back."""
     right = torch.zeros((), dtype=torch.float64, device=runtime.device)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     with evaluating(model):
         for start in range(0, len(data), batch_size):
             inputs, targets = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
             with runtime.autocast():
-                outputs = model(inputs)
+                outputs = task.forward(model, inputs, targets, start)
             right += task.score(outputs, targets).sum()
             total += task.loss(outputs, targets).double() * len(targets)
     return right.item() / len(data), total.item() / len(data)

@@ -123,8 +123,13 @@ class Attack:
     def obstacle(self, released: Released) -> str | None:
         """Why it does not apply to this model; None where it does."""
         why = next((why for e in self.edits if (why := e.obstacle(released))), None)
-        if why or (self.tuning.train == "all" and self.tuning.initialise != "last-k"):
+        anew = {self.tuning.initialise, *(self.search.initialise if self.search else ())}
+        if why or (self.tuning.train == "all" and anew == {"keep"}):
             return why
+        if not released.head() and (anew - {"keep", "last-k"} or self.tuning.train == "head"):
+            return "the model has no head"
+        if self.tuning.train == "all" and self.tuning.initialise != "last-k":
+            return None
         model = released.architecture.build(released.classes)
         if self.tuning.train == "lora":
             if find_spec("peft") is None:

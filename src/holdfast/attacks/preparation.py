@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.chains import outputs
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN, WEIGHTS_ONLY, Means, Released, described
 from holdfast.attacks.weights import Noise
 from holdfast.domains import ImageData
@@ -18,7 +19,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.flops import training_flops
 from holdfast.models import state_of
 from holdfast.seeding import derive
-from holdfast.training import Batch
+from holdfast.training import Batch, plain
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class Distil(_Preparation):
     name: Literal["distil"] = "distil"
     needs: ClassVar[str] = WEIGHTS_ONLY
 
+    def obstacle(self, released: Released) -> str | None:
+        """Only for models that answer with logits."""
+        model, example = released.architecture.build(released.classes), released.architecture.example()
+        return None if outputs(model, example).ndim == 2 else "the model's answers are no logits"
+
     def apply(self, released: Released, means: Means) -> Released:
         """Hinton's loss: KL between softened answers, T² · KL(softmax(t/T) ‖ softmax(s/T))."""
         teacher = released.build(means.runtime).eval()
@@ -111,7 +117,7 @@ class Distil(_Preparation):
             return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
         tuning = self.tuning(means.steps)
-        result = means.train(student, means.restricted, tuning, "distil", loss=loss, prepare=taught)
+        result = means.train(student, means.restricted, tuning, "distil", loss=loss, forward=plain, prepare=taught)
         asked = result.steps * min(tuning.batch_size, len(means.restricted))
         teacher.requires_grad_(False)
         means.flops += asked * training_flops(teacher, means.images(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from holdfast.optimisers import passes
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
 from holdfast.tasks import Loss, Task
-from holdfast.training import Batch, FitResult, fit, minibatches
+from holdfast.training import Batch, FitResult, Forward, fit, minibatches
 
 WEIGHTS_ONLY = "weights only"
 ORIGINAL_DATA = "some original data"
@@ -43,9 +44,13 @@ class Released:
         """The same model with the weights of `model`."""
         return replace(self, state=state_of(model))
 
-    def head(self) -> list[str]:
-        """Names of the head's layers."""
+    @cached_property
+    def _head(self) -> list[str]:
         return self.architecture.head(self.architecture.build(self.classes), self.classes)
+
+    def head(self) -> list[str]:
+        """Names of the head's layers; none for a model without classes."""
+        return self._head
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Means:
         stream: str,
         *,
         loss: Loss | None = None,
+        forward: Forward | None = None,
         prepare: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
     ) -> FitResult:
         """Train all of `model` on `data` in place, before the attack proper, and add what it cost."""
@@ -101,6 +107,7 @@ class Means:
             loss or self.task.loss,
             optimiser,
             runtime=self.runtime,
+            forward=forward or self.task.forward,
             schedule=tuning.build_schedule(optimiser),
             seed=derive(self.seed, stream, "noise"),
         )

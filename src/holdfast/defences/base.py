@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -166,6 +166,7 @@ class Guarded:
     tolerance: float
     check_every: int
     released: ClassVar[Select] = "last"
+    any_task: ClassVar[bool] = False  # whether it works with a task's loss alone; most need labels, logits and a head
     compiles: ClassVar[bool] = False  # whether it runs on a compiled network: not where it looks inside
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 
@@ -177,6 +178,10 @@ class Guarded:
         """Whether the defence trained against this strategy; most train against none."""
         return False
 
+    def check_head(self, heads: Sequence[str]) -> None:
+        """`UserError` where the defence cannot work with this head, or with a model that has none."""
+        require(bool(heads), f"{type(self).__name__} needs a model with a head")
+
     def check_classes(self, original: int, restricted: int) -> None:
         """`UserError` where the defence cannot work with these numbers of classes; most can with any."""
 
@@ -187,8 +192,15 @@ class Guarded:
             f"{type(self).__name__} looks inside the network, which a compiled one does not allow; set "
             "runtime.compile: false",
         )
-        given.head()
-        self.check_classes(len(given.original.classes), given.classes)
+        require(
+            self.any_task or given.task.labelled,
+            f"{type(self).__name__} suppresses classes and needs a classifier; for the task {given.task.name} there is "
+            "sophon",
+        )
+        heads = given.head()
+        self.check_head(heads)
+        if heads:
+            self.check_classes(len(given.original.classes), given.classes)
         for parameter in given.model.parameters():
             parameter.requires_grad_(True)
         return self.engine(given)
@@ -228,7 +240,7 @@ class Guarded:
             engine.states,
             engine.iterate,
             iterations=engine.length,
-            guard=Guard(self.tolerance, self.check_every),
+            guard=Guard(self.tolerance, self.check_every, given.task.scale),
             original=given.original_metric,
             restricted=engine.restricted_metric,
             identity=identity,

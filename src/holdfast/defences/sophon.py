@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ class Sophon(Guarded):
     (Adam at β). Where the paper is silent the value of its published code is taken, and said so.
     """
 
-    suppression: str = "ice"  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1
+    suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
     adversaries: int = 3  # N; paper: one task on each of three GPUs, §5.1.1
     inner_steps: int = 50  # K; paper: 50
     inner_initialise: tuple[Initialise, ...] = (
@@ -52,6 +52,7 @@ class Sophon(Guarded):
     check_every: int = 10  # iterations between checks of intactness; paper: not stated
     probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
     released: ClassVar[Select] = "lowest"
+    any_task: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -101,6 +102,14 @@ class Sophon(Guarded):
             and tuning.initialise in self.inner_initialise
             and tuning.optimiser in self.inner_optimiser
             and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
+        )
+
+    def check_head(self, heads: Sequence[str]) -> None:
+        """`UserError` where a simulated adversary would re-initialise a head that there is not."""
+        require(
+            bool(heads) or "head" not in self.inner_initialise,
+            "the model has no head that a simulated adversary could re-initialise; set defence.inner_initialise to "
+            "[keep]",
         )
 
     def check_classes(self, original: int, restricted: int) -> None:
@@ -187,4 +196,5 @@ class _Engine(Engine):
             given.original.train, self.spec.ntr_batch_size, "reinforce", (iteration - 1) * count, count
         )
         with seeded(self.seed, "reinforce", iteration):
-            return fit(self.model, batches, given.task.loss, self.ntr, runtime=given.runtime).loss
+            task = given.task
+            return fit(self.model, batches, task.loss, self.ntr, runtime=given.runtime, forward=task.forward).loss

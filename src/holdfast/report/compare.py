@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from holdfast.errors import require
 from holdfast.files import write_atomic, write_json
-from holdfast.report.figures import png
-from holdfast.report.words import percent
+from holdfast.report.figures import band, metric_axis, png
+from holdfast.scales import ACCURACY, Scale, scale_of
 from holdfast.statistics import deviation, mean
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -28,13 +28,14 @@ def write_comparison(out: Path, found: Summaries, attack: str) -> dict[str, Any]
     """
     rows = {name: _row(summaries, attack) for name, summaries in found.items()}
     result = {
+        "metric": next(iter(found.values()))[0]["restricted"]["metric"],
         "attack": attack,
         "seeds": len(next(iter(found.values()))),
         "rows": rows,
         "controls": _controls(found, attack),
     }
     write_json(out / "comparison.json", result)
-    write_atomic(out / "figures" / "beneficial.png", _beneficial(rows))
+    write_atomic(out / "figures" / "beneficial.png", _beneficial(rows, scale_of(str(result["metric"]))))
     write_atomic(out / "figures" / "malicious.png", _malicious(found, attack))
     write_atomic(out / "comparison.md", as_markdown(result))
     return result
@@ -108,25 +109,25 @@ def _controls(found: Summaries, attack: str) -> dict[str, Any]:
     return controls
 
 
-def _with_spread(value: Sequence[Any] | None, form: str, scale: float = 1.0) -> str:
+def _mean(value: Sequence[Any], scale: Scale) -> str:
+    return scale.number(value[0]) + ("" if value[1] is None else f" ± {scale.spread(value[1])}")
+
+
+def _gap(value: Sequence[Any] | None, scale: Scale) -> str:
     if value is None:
         return "–"
-    spread = "" if value[1] is None else f" ± {scale * value[1]:{form.lstrip('+')}}"
-    return f"{scale * value[0]:{form}}{spread}"
-
-
-def _points(value: Sequence[Any] | None, sign: str = "") -> str:
-    return _with_spread(value, f"{sign}.1f", 100)
+    return scale.difference(value[0]) + ("" if value[1] is None else f" ± {scale.spread(value[1])}")
 
 
 def _slc(areas: Mapping[str, Sequence[Any]]) -> str:
-    return "; ".join(f"{_with_spread(v, '+.2f')} ({n})" for n, v in areas.items())
+    return "; ".join(f"{v[0]:+.2f}{'' if v[1] is None else f' ± {v[1]:.2f}'} ({n})" for n, v in areas.items())
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The table: one row a defence, then the controls."""
+    scale = scale_of(result["metric"])
     lines = [
-        f"Restricted metric in %, {result['seeds']} protection seeds, under `{result['attack']}` and in the worst "
+        f"Restricted {scale.titled}, {result['seeds']} protection seeds, under `{result['attack']}` and in the worst "
         "case.",
         "",
         f"| defence | original before → after | {result['attack']} | worst case (attack) | along the way | SLC-AUC | "
@@ -138,19 +139,21 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         none = f" († {row['unprotected']} of {count})" if row["unprotected"] else ""
         verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
         lines.append(
-            f"| {name}{none} | {percent(row['before'][0])} → {_points(row['after'])} | {_points(row['attack'])} | "
-            f"{_points(row['worst'])} ({'; '.join(row['worst_attacks'])}) | {_points(row['along'])} | "
-            f"{_slc(row['slc_auc']) or '–'} | {_points(row['benign'], '+')} | {verdicts} | {row['seconds']:.0f} | "
+            f"| {name}{none} | {scale.shown(row['before'][0])} → {_mean(row['after'], scale)} | "
+            f"{_mean(row['attack'], scale)} | "
+            f"{_mean(row['worst'], scale)} ({'; '.join(row['worst_attacks'])}) | {_mean(row['along'], scale)} | "
+            f"{_slc(row['slc_auc']) or '–'} | {_gap(row['benign'], scale)} | {verdicts} | {row['seconds']:.0f} | "
             f"{row['memory_mb']:.0f} |"
         )
     for name, row in result["controls"].items():
         lines.append(
-            f"| *{name}* | | {_points(row['attack'])} | {_points(row['worst'])} | {_points(row['along'])} | "
-            f"{_slc(row['slc_auc'])} | | | | |"
+            f"| *{name}* | | {_mean(row['attack'], scale)} | {_mean(row['worst'], scale)} | "
+            f"{_mean(row['along'], scale)} | {_slc(row['slc_auc'])} | | | | |"
         )
     for name, row in result["rows"].items():
         said = [
-            f"{n} {_points(v['protected'])} (unprotected {_points(v['clean'])})" for n, v in row["measured"].items()
+            f"{n} {_mean(v['protected'], ACCURACY)} (unprotected {_mean(v['clean'], ACCURACY)})"
+            for n, v in row["measured"].items()
         ]
         lines += ["", f"{name}, in %: {'; '.join(said)}"] if said else []
     if any(row["unprotected"] for row in result["rows"].values()):
@@ -161,48 +164,46 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _beneficial(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Accuracy on original test data of every defence, as in Figure 1 of "Transfer Resistant Model Training"."""
+def _beneficial(rows: Mapping[str, Mapping[str, Any]], scale: Scale) -> bytes:
+    """The metric on original test data of every defence, as in Figure 1 of "Transfer Resistant Model Training"."""
     figure = Figure(figsize=(6.2, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.bar(
         list(rows),
-        [100 * r["after"][0] for r in rows.values()],
-        yerr=[100 * (r["after"][1] or 0.0) for r in rows.values()],
+        [scale.plotted(r["after"][0]) for r in rows.values()],
+        yerr=[scale.width(r["after"][1] or 0.0) for r in rows.values()],
         color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))],
         capsize=3,
     )
     before = mean([r["before"][0] for r in rows.values()])
-    axes.axhline(100 * before, color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
+    axes.axhline(scale.plotted(before), color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
     axes.tick_params(axis="x", rotation=30 if len(rows) > 6 else 0)
-    axes.set_ylabel("original metric (%)")
+    axes.set_ylabel(f"original {scale.titled}")
     axes.legend(loc="lower right", fontsize=8)
     return png(figure)
 
 
 def _malicious(found: Summaries, attack: str) -> bytes:
-    """Restricted accuracy over the steps of one attack, as in Figure 2 there; bands: one deviation over protections
+    """The restricted metric over the steps of one attack, as in Figure 2 there; bands: one deviation over protections
     (over audit seeds, for one protection)."""
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.subplots()
     curves = {name: [_entry(s, attack) for s in summaries] for name, summaries in found.items()}
     own = next(iter(curves.values()))
+    scale = scale_of(next(iter(found.values()))[0]["restricted"]["metric"])
     lines: list[tuple[str, Sequence[Mapping[str, Any]], str, str, Any]] = [
         (name, entries, "protected", COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)])
         for i, (name, entries) in enumerate(curves.items())
     ]
     lines += [("clean", own, "clean", "#555555", "--"), ("scratch", own, "scratch", "#999999", ":")]
     for name, entries, model, colour, style in lines:
-        middle = [100 * mean(column) for column in zip(*(e[model] for e in entries), strict=True)]
-        width = [100 * w for w in entries[0]["deviation"][model]]
+        middle = [mean(column) for column in zip(*(e[model] for e in entries), strict=True)]
+        width = entries[0]["deviation"][model]
         if len(entries) > 1:
-            width = [100 * deviation(column) for column in zip(*(e[model] for e in entries), strict=True)]
-        axes.plot(own[0]["steps"], middle, linestyle=style, color=colour, label=name, linewidth=1.6)
-        low, high = ([m + s * w for m, w in zip(middle, width, strict=True)] for s in (-1, 1))
-        axes.fill_between(own[0]["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+            width = [deviation(column) for column in zip(*(e[model] for e in entries), strict=True)]
+        band(axes, own[0]["steps"], middle, width, scale, name, color=colour, linestyle=style, linewidth=1.6)
+    metric_axis(axes, scale, "restricted")
     axes.set_xlabel("attacker's steps")
-    axes.set_ylabel("restricted metric (%)")
     axes.set_title(attack, fontsize=10)
     axes.legend(fontsize=8, frameon=False, ncols=1 + len(lines) // 10)
-    axes.grid(alpha=0.25)
     return png(figure)

@@ -6,60 +6,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 from holdfast.records import SearchRecord
-from holdfast.report.figures import LABELS, STYLE, png
+from holdfast.report.figures import LABELS, STYLE, band, metric_axis, png, steps_axis
+from holdfast.scales import Scale
 
 MISSING = "#e6e6e6"
 
 
-def worst_case_curves(worst: Mapping[str, Any], chance: float, metric: str) -> bytes:
+def worst_case_curves(worst: Mapping[str, Any], chance: float, scale: Scale) -> bytes:
     """For each model and step the attack that is strongest there: three envelopes over all attacks."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     for model, style in STYLE.items():
         found = worst[model]
-        _band(axes, worst["steps"], found["envelope"], found["envelope_deviation"], LABELS[model], style)
-    axes.axhline(100 * chance, color="#777777", linewidth=1.2, linestyle=":", label="chance")
-    steps = list(worst["steps"])
-    axes.set_xscale("symlog", linthresh=max(1, steps[1]))
-    axes.set_xticks(steps[::-2][::-1] if len(steps) > 6 else steps)
-    axes.get_xaxis().set_major_formatter(ScalarFormatter())
-    axes.minorticks_off()
-    axes.set_xlim(0, 1.05 * steps[-1])
-    axes.set_ylim(-2, 102)
-    axes.set_xlabel("fine-tuning steps")
-    axes.set_ylabel(f"restricted {metric} (%)")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=9, frameon=False)
+        band(axes, worst["steps"], found["envelope"], found["envelope_deviation"], scale, LABELS[model], **style)
+    metric_axis(axes, scale, "restricted", chance)
+    steps_axis(axes, worst["steps"])
+    axes.legend(loc="best", fontsize=9, frameon=False)
     return png(figure)
 
 
-def _band(
-    axes: Axes,
-    x: Sequence[float],
-    values: Sequence[float],
-    spread: Sequence[float],
-    label: str,
-    style: Mapping[str, Any],
-) -> None:
-    mean, half = 100 * np.array(values), 100 * np.array(spread)
-    axes.plot(x, mean, label=label, markersize=4, **style)
-    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def heat_over_seeds(attacks: Sequence[Mapping[str, Any]]) -> bytes:
-    """Protected − scratch at the end, in points: attacks × seeds. Red: the weights help the attacker."""
-    table = [[100 * d for d in a["difference"]] for a in attacks]
+def heat_over_seeds(attacks: Sequence[Mapping[str, Any]], scale: Scale) -> bytes:
+    """Protected − scratch at the end: attacks × seeds. Red: the weights help the attacker."""
+    table = [a["difference"] for a in attacks]
     seeds = [f"seed {s}" for s in range(len(table[0]))]
-    return _heat(table, [a["name"] for a in attacks], seeds)
+    return _heat(table, [a["name"] for a in attacks], seeds, scale)
 
 
-def heat_over_rates(searches: Sequence[SearchRecord]) -> bytes | None:
-    """Protected − scratch on validation data at the end of each try, in points: searched attacks × learning rates.
+def heat_over_rates(searches: Sequence[SearchRecord], scale: Scale) -> bytes | None:
+    """Protected − scratch on validation data at the end of each try: searched attacks × learning rates.
 
     Grey: not tried, or given up. None where there is nothing to draw.
     """
@@ -70,14 +48,14 @@ def heat_over_rates(searches: Sequence[SearchRecord]) -> bytes | None:
         return None
     table = [
         [
-            100 * (found["protected"][n][lr] - found["scratch"][n][lr])
+            found["protected"][n][lr] - found["scratch"][n][lr]
             if lr in found["protected"][n] and lr in found["scratch"][n]
             else float("nan")
             for lr in rates
         ]
         for n in names
     ]
-    return _heat(table, names, [f"{lr:g}" for lr in rates], "learning rate")
+    return _heat(table, names, [f"{lr:g}" for lr in rates], scale, "learning rate")
 
 
 def _by_rate(searches: Sequence[SearchRecord], model: str) -> dict[str, dict[float, float]]:
@@ -90,11 +68,13 @@ def _by_rate(searches: Sequence[SearchRecord], model: str) -> dict[str, dict[flo
     return table
 
 
-def _heat(table: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], what: str = "") -> bytes:
+def _heat(
+    table: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], scale: Scale, what: str = ""
+) -> bytes:
     values = np.ma.masked_invalid(np.array(table, dtype=float))
     figure = Figure(figsize=(4.0 + 0.75 * len(columns), 1.3 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    most = max(10.0, float(np.abs(values).max()) if values.count() else 0.0)
+    most = max(5 * scale.margin, float(np.abs(values).max()) if values.count() else 0.0)
     axes.set_facecolor(MISSING)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
@@ -105,27 +85,26 @@ def _heat(table: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
         for j, value in enumerate(row):
             if value is not np.ma.masked:
                 dark = abs(float(value)) > 0.6 * most
-                text = f"{float(value):+.0f}".replace("-", "−")
+                text = scale.difference(float(value), 0)
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    figure.colorbar(image, ax=axes, label="protected − scratch (points)", shrink=min(1.0, 8 / max(1, len(rows)) + 0.3))
+    figure.colorbar(
+        image, ax=axes, label=f"protected − scratch ({scale.unit})", shrink=min(1.0, 8 / max(1, len(rows)) + 0.3)
+    )
     return png(figure)
 
 
-def data_curves(slc: Mapping[str, Any], chance: float, metric: str) -> bytes:
+def data_curves(slc: Mapping[str, Any], chance: float, scale: Scale) -> bytes:
     """Metric over the share of the adversary's data, the axis of SLC-AUC (Non-Transferable Pruning)."""
     figure = Figure(figsize=(5.2, 3.7), layout="constrained")
     axes = figure.subplots()
     for model, style in STYLE.items():
-        _band(axes, slc["fractions"], slc[model], slc["deviation"][model], LABELS[model], style)
-    axes.axhline(100 * chance, color="#777777", linewidth=1.2, linestyle=":", label="chance")
+        band(axes, slc["fractions"], slc[model], slc["deviation"][model], scale, LABELS[model], **style)
+    metric_axis(axes, scale, "restricted", chance)
     axes.set_xscale("log")
     ticks = list(slc["fractions"])
     axes.set_xticks(ticks, [f"{100 * x:.3g}" for x in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(-2, 102)
+    axes.get_xaxis().set_minor_locator(NullLocator())
     axes.set_xlabel("share of the adversary's images (%)")
-    axes.set_ylabel(f"restricted {metric} (%)")
     axes.set_title(slc["attack"], fontsize=10)
-    axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=8, frameon=False)
     return png(figure)

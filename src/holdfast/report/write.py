@@ -15,7 +15,8 @@ from holdfast.files import read_json, write_atomic, write_json
 from holdfast.measured import measured
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report import figures, maps
-from holdfast.report.words import conclusion, cost, percent, signed_points, weaknesses
+from holdfast.report.words import conclusion, cost, percent, weaknesses
+from holdfast.scales import scale_of
 from holdfast.summary import summarise
 
 
@@ -40,7 +41,9 @@ def write_report(folder: Path) -> dict[str, Any]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, cost=cost, signed_points=signed_points)
+    scale = scale_of(records[0].metric)
+    shown = {n: getattr(scale, n) for n in ("shown", "number", "spread", "difference", "interval")}
+    environment.filters.update(percent=percent, cost=cost, **shown)
     write_json(folder / "summary.json", summary)
     for name in ("report.md", "report.html"):
         write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context))
@@ -86,23 +89,23 @@ def _draw(
     folder: Path, summary: dict[str, Any], facts: dict[str, Any], searches: Sequence[SearchRecord]
 ) -> dict[str, Path]:
     restricted = summary["restricted"]
-    chance, metric = restricted["chance"], restricted["metric"]
+    chance, scale = restricted["chance"], scale_of(restricted["metric"])
     drawn = {
-        "curves": figures.all_curves(restricted["attacks"], chance, metric),
-        "worst-case": maps.worst_case_curves(restricted["worst_case"], chance, metric),
-        "heat-seeds": maps.heat_over_seeds(restricted["attacks"]),
+        "curves": figures.all_curves(restricted["attacks"], chance, scale),
+        "worst-case": maps.worst_case_curves(restricted["worst_case"], chance, scale),
+        "heat-seeds": maps.heat_over_seeds(restricted["attacks"], scale),
     }
-    rates = maps.heat_over_rates(searches)
+    rates = maps.heat_over_rates(searches, scale)
     drawn |= {"heat-rates": rates} if rates else {}
-    drawn |= {"slc": maps.data_curves(restricted["slc"], chance, metric)} if restricted["slc"] else {}
+    drawn |= {"slc": maps.data_curves(restricted["slc"], chance, scale)} if restricted["slc"] else {}
     for number, attack in enumerate(restricted["attacks"][:PANELS], start=1):
-        drawn[_picture(number, attack)] = figures.learning_curves(attack, chance, metric)
+        drawn[_picture(number, attack)] = figures.learning_curves(attack, chance, scale)
     protection = facts["protection"]
     if protection and protection["checks"]:
         tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
         before = protection["checks"][0].get("original")
-        floor = before * (1 - tolerance) if tolerance is not None and before is not None else None
-        drawn["protection"] = figures.protection_curves(protection["checks"], floor)
+        floor = scale.floor(before, tolerance) if tolerance is not None and before is not None else None
+        drawn["protection"] = figures.protection_curves(protection["checks"], floor, scale)
     paths = {}
     for name, data in drawn.items():
         paths[name] = folder / "figures" / f"{name}.png"
@@ -147,6 +150,7 @@ def _context(
         tables.setdefault(tuple(row["attack"]["steps"]), []).append(row)
     return {
         "summary": summary,
+        "scale": scale_of(summary["restricted"]["metric"]),
         "rows": rows,
         "tables": list(tables.items()),
         "conclusion": conclusion(summary),

@@ -1,0 +1,109 @@
+"""The task of a diffusion model: to tell the noise in an image (SOPHON, §2.1, §4.3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import losses
+from holdfast.denoisers import Denoiser
+from holdfast.errors import UserError
+from holdfast.scales import MSE, Scale
+from holdfast.seeding import generator
+from holdfast.tasks import Loss, chosen_loss
+
+LEVELS = 20  # noise levels of the fixed grid
+WORST = 2.0  # the MSE at which an image counts no worse: that of noise against noise
+
+
+def grid(steps: int, levels: int = LEVELS) -> list[int]:
+    """`levels` timesteps in the middles of equal parts of 0 … `steps` − 1."""
+    return [int((j + 0.5) * steps / levels) for j in range(levels)]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Mean squared error of the predicted noise. Models are `Denoiser`s; `outputs` are (n, 2, c, h, w): what was
+    predicted, and what was to be.
+
+    In training, timestep and noise are drawn from torch's generators, and the target is the network's own (ε or v). In
+    evaluation it is always ε, on a fixed grid: image i of the data meets level i mod 20 and noise of its own seed, so
+    figures compare across models, runs, prediction targets and schedules. The metric is 1 − MSE: for noise of variance
+    1 the share of it that is explained, 0 for the answer zero.
+    """
+
+    scale: ClassVar[Scale] = MSE
+    name: ClassVar[str] = "denoising"
+    labelled: ClassVar[bool] = False
+    least_classes: ClassVar[int] = 1
+    SUPPRESSION: ClassVar[Mapping[str, Loss]] = MappingProxyType(
+        {"dos": losses.denial_of_service, "mse": losses.inverse_mse}
+    )
+
+    def check(self, model: nn.Module) -> None:
+        """Only a `Denoiser` has a noise schedule."""
+        if not isinstance(model, Denoiser):
+            raise UserError(
+                f"the task denoising needs a diffusion model (model.name unet2d, or diffusers:FOLDER), but got "
+                f"{type(model).__name__}"
+            )
+
+    def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
+        """Diffuse `inputs` (n, c, h, w), let the model predict, and stack prediction and truth."""
+        if not isinstance(model, Denoiser):
+            raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+        if first is None:
+            steps = torch.randint(len(model.alphas), (len(inputs),), device=inputs.device)
+            noise = torch.randn_like(inputs)
+        else:
+            steps = model.at_level(fixed_steps(first, len(inputs), len(model.reference)).to(inputs.device))
+            noise = fixed_noise(first, inputs)
+        labels = targets if model.conditional else None
+        return self.compared(model, inputs, noise, steps, labels, own=first is None)
+
+    @staticmethod
+    def compared(
+        model: Denoiser, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor | None, own: bool
+    ) -> Tensor:
+        """(n, 2, c, h, w): prediction and target at given timesteps, in the model's `own` terms or as noise."""
+        noisy = model.diffuse(images, noise, steps)
+        predicted = model(noisy, steps, labels)
+        if own:
+            return torch.stack([predicted, model.target(images, noise, steps).to(predicted.dtype)], 1)
+        return torch.stack([model.noise_of(predicted.float(), noisy, steps), noise], 1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """MSE, in float32 whatever the outputs are."""
+        return losses.noise_error(outputs).mean()
+
+    def suppression(self, name: str | None) -> Loss:
+        """`dos` (Eq. 16; the default) or `mse`: the MSE, negated (Eq. 15)."""
+        return chosen_loss(self.SUPPRESSION, name)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1 − MSE of each image, no less than −1; so much too where the outputs are not finite."""
+        error = losses.noise_error(outputs)
+        return 1 - torch.where(error.isfinite(), error, WORST).clamp(max=WORST)
+
+    def chance(self, targets: Tensor) -> float:
+        """0: what the constant answer zero reaches."""
+        return 0.0
+
+
+def fixed_steps(first: int, count: int, steps: int) -> Tensor:
+    """The grid's timesteps of images `first` … `first + count − 1`, (count,) int64."""
+    levels = torch.tensor(grid(steps))
+    return levels[(torch.arange(count) + first) % len(levels)]
+
+
+def fixed_noise(first: int, images: Tensor) -> Tensor:
+    """Standard normal noise of `images`' shape; that of an image depends on its place in the data alone."""
+    drawn = [
+        torch.randn(images.shape[1:], generator=generator(0, "evaluation noise", first + i)) for i in range(len(images))
+    ]
+    return torch.stack(drawn).to(images)
