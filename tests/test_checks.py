@@ -56,7 +56,7 @@ def test_dead_gradients_that_no_edit_tried_to_revive() -> None:
     facts = {"direct+all": DIRECT, "leaky": about(ADAM, "leaky")}
     assert failing(with_edit, attacks=facts) == []
     message = {c["name"]: c["message"] for c in summarise(with_edit, 0.1, COST, (), {"attacks": facts})["checks"]}[name]
-    assert "under direct+all; leaky, which revives, takes it to 0.205" in message
+    assert "under direct+all; leaky, which revives, takes it to 20.5 %" in message
 
 
 def test_a_reviving_edit_that_is_dead_itself_revives_nothing() -> None:

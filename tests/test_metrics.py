@@ -7,16 +7,15 @@ from holdfast.metrics import (
     cost_ratio,
     evaluation_steps,
     recovery,
-    retention,
     scratch_learns,
     steps_to_reach,
     verdict,
 )
+from holdfast.scales import ACCURACY, MSE, scale_of
 from holdfast.statistics import deviation, interval, mean, paired
 
 
-def test_retention_and_recovery() -> None:
-    assert retention(0.8, 0.76) == pytest.approx(0.95)
+def test_recovery() -> None:
     assert recovery(0.4, 0.9, 0.1) == pytest.approx(0.3 / 0.8)
     assert recovery(0.05, 0.9, 0.1) == pytest.approx(-0.05 / 0.8)
     assert recovery(0.1, 0.12, 0.1) is None  # the clean model did not learn either
@@ -95,3 +94,26 @@ def test_identity_fails_even_where_pre_training_brings_nothing() -> None:
 def test_slower_than_scratch_to_the_same_end_is_held() -> None:
     slow = [[0.1, 0.2, 0.98]] * 3
     assert verdict(slow, [[0.1, 0.95, 0.98]] * 3, [[0.1, 0.6, 0.98]] * 3, 0.1) == "held"
+
+
+def test_an_error_is_read_upside_down() -> None:
+    """MSE 0.05 → 0.06: 1 − MSE falls from 0.95 to 0.94, and intactness is 0.05 ÷ 0.06."""
+    assert ACCURACY.retention(0.8, 0.76) == pytest.approx(0.95)
+    assert MSE.retention(0.95, 0.94) == pytest.approx(0.05 / 0.06)
+    assert ACCURACY.floor(0.9, 0.1) == pytest.approx(0.81)
+    assert MSE.floor(0.95, 0.1) == pytest.approx(1 - 0.055)
+    assert (ACCURACY.shown(0.873), MSE.shown(0.873), MSE.shown(None)) == ("87.3 %", "0.127", "–")
+    assert (ACCURACY.difference(-0.123), ACCURACY.difference(0.05)) == ("−12.3", "+5.0")
+    assert MSE.difference(0.02) == "−0.020", "a higher metric is a lower error"
+    assert ACCURACY.interval([-0.01, 0.03]) == "−1.0 … +3.0"
+    assert MSE.interval([-0.01, 0.03]) == "−0.030 … +0.010", "the lower end of the error first"
+    assert (ACCURACY.amount(0.03), MSE.amount(-0.03)) == ("3 points", "0.030 of MSE")
+    assert scale_of("1 − MSE") is MSE
+
+
+def test_margins_are_the_scales_own() -> None:
+    """One hundredth of MSE is twice its margin, of accuracy half of it."""
+    near = [[0.0, 0.93, 0.94]] * 3
+    clean, scratch = [[0.0, 0.98, 0.98]] * 3, [[0.0, 0.92, 0.93]] * 3
+    assert verdict(near, clean, scratch, 0.0) == "held"
+    assert verdict(near, clean, scratch, 0.0, scale=MSE) == "partial"

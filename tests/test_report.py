@@ -14,7 +14,7 @@ from holdfast.files import write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import attack_facts
 from holdfast.records import Record, RecordFile, SearchRecord
-from holdfast.report.words import conclusion, percent, ratio, signed_points
+from holdfast.report.words import conclusion, percent, ratio
 from holdfast.report.write import write_report
 from holdfast.summary import summarise
 
@@ -134,7 +134,6 @@ def test_the_worst_case_is_chosen_on_validation_data() -> None:
 
 def test_numbers_as_people_read_them() -> None:
     assert (percent(0.8734), percent(None), ratio(None), ratio(0.5)) == ("87.3 %", "–", "not reached", "0.50")
-    assert (signed_points(-0.123), signed_points(0.05)) == ("−12.3", "+5.0")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from holdfast.losses import inverse_cross_entropy
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator
 from holdfast.simulation import Accumulator, Simulator, accumulate_along_path, step_weights
+from holdfast.tasks import Classification
 from holdfast.training import minibatches
 
 STEPS = 6
@@ -39,7 +40,7 @@ def ours(model, tuning, batches, gammas, runtime=None):
         iter(adapt),
         iter(held_out),
         gammas,
-        loss=F.cross_entropy,
+        task=Classification(),
         suppression=inverse_cross_entropy,
         accumulator=accumulator,
         names=[n for n, _ in model.named_parameters()],
@@ -268,7 +269,7 @@ def test_no_graph_outlives_its_step(batches, architecture, clean_state) -> None:
             watched(),
             iter(held_out),
             step_weights("uniform", STEPS),
-            loss=F.cross_entropy,
+            task=Classification(),
             suppression=inverse_cross_entropy,
             accumulator=Accumulator(),
             names=[n for n, _ in model.named_parameters()],

@@ -123,6 +123,7 @@ class TestFineTuning:
             "initFC+all": (head, parameters),
             "last-k+all": (head | last, parameters),
             "initFC+LoRA": (head, head),
+            "direct+LoRA": (set(), head),
             "scratch": (parameters, parameters),
         }[name]
         assert self.fresh == expected[0]

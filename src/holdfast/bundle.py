@@ -10,8 +10,10 @@ from typing import Any
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, sha256_file, write_atomic, write_json
 from holdfast.models import Architecture, State, load_weights, save_weights
+from holdfast.packaging import factory_argument, find_weights, our_names, packaging
+from holdfast.scales import scale_of
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CONFIG, CARD = "config.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,19 @@ class Bundle:
     details: Mapping[str, Any]
 
     def save(self, folder: Path, card: str) -> None:
-        """Write the three files. The weights come before the config: a folder with a config is whole.
-
-        `config.json` has timm's keys too, so `timm.create_model("local-dir:FOLDER")` loads a protected timm model.
-        """
-        save_weights(folder / WEIGHTS, self.state)
+        """Write weights, card, config, and what the model's library needs (`packaging`). The config comes last: a
+        folder with a config is whole."""
+        layout = packaging(self.architecture)
+        save_weights(folder / layout.weights, layout.named(self.state))
+        layout.extras(folder, self.architecture, len(self.classes))
         write_atomic(folder / CARD, card)
-        write_json(folder / CONFIG, self._config(sha256_file(folder / WEIGHTS)))
+        write_json(folder / CONFIG, self._config(sha256_file(folder / layout.weights)))
 
     def _config(self, digest: str) -> dict[str, Any]:
         arch = self.architecture
-        mean, std = (list(v) * (arch.channels if len(v) == 1 else 1) for v in (arch.mean, arch.std))
         return {
             "architecture": arch.name,
-            "num_classes": len(self.classes),
-            "model_args": {**_model_args(arch)},
-            "pretrained_cfg": {
-                "num_classes": len(self.classes),
-                "input_size": [arch.channels, arch.size, arch.size],
-                "mean": mean,
-                "std": std,
-                "fixed_input_size": _fixed_size(arch),
-                "label_names": list(self.classes),
-            },
+            **packaging(arch).config(arch, self.classes),
             "holdfast": {
                 "schema": 1,
                 "size": arch.size,
@@ -61,48 +53,23 @@ class Bundle:
         }
 
 
-def _model_args(arch: Architecture) -> dict[str, Any]:
-    """What `timm.create_model` needs beside the number of classes; for a vision transformer its input size too."""
-    size = {"img_size": arch.size} if _fixed_size(arch) else {}
-    return {"in_chans": arch.channels, **size, **arch.options} if _of_timm(arch) else {}
-
-
-def _of_timm(arch: Architecture) -> bool:
-    if arch.factory is not None or arch.name == "small_conv" or ":" in arch.name:
-        return False  # without timm, which takes seconds to import
-    import timm
-
-    return bool(timm.is_model(arch.name))
-
-
-def _own(arch: Architecture) -> str:
-    """The argument that `load_model` needs for a network that only its author can build."""
-    known = arch.name == "small_conv" or _of_timm(arch)
-    return "" if known else f", holdfast.Architecture({arch.name!r}, {arch.size}, {arch.channels}, factory=...)"
-
-
-def _fixed_size(arch: Architecture) -> bool:
-    if not _of_timm(arch):
-        return False
-    import timm
-
-    config = timm.get_pretrained_cfg(arch.name)
-    return bool(config is not None and config.fixed_input_size)
-
-
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a whole bundle."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    return (folder / CONFIG).is_file() and find_weights(folder).is_file()
 
 
 def read_weights(path: str, architecture: Architecture) -> State:
-    """Weights from a file, or from a bundle's folder, whose hash is then checked."""
+    """Weights from a file, from a bundle's folder, whose hash is then checked, or from a pipeline's."""
     folder = Path(path).expanduser()
+    if is_bundle(folder):
+        return load_bundle(folder, architecture).state
+    file = find_weights(folder) if folder.is_dir() else folder
     require(
-        not folder.is_dir() or is_bundle(folder),
-        f"{folder} is no whole bundle (expected {CONFIG} and {WEIGHTS}); for weights alone, name the file",
+        not folder.is_dir() or (file.is_file() and (folder / "model_index.json").is_file()),
+        f"{folder} is no whole bundle (expected {CONFIG} and {packaging(architecture).weights}); for weights alone, "
+        "name the file",
     )
-    return load_bundle(folder, architecture).state if is_bundle(folder) else load_weights(folder)
+    return our_names(load_weights(file), architecture)
 
 
 def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundle:
@@ -115,10 +82,11 @@ def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundl
     found = config.get("holdfast") if isinstance(config, dict) else None
     if not isinstance(found, dict):
         raise UserError(f"{folder / CONFIG} is not the config of a holdfast bundle")
-    state = load_weights(folder / WEIGHTS)
+    file = find_weights(folder)
+    state = load_weights(file)
     require(
-        sha256_file(folder / WEIGHTS) == found.get("weights_sha256"),
-        f"{folder / WEIGHTS} does not match the hash in {CONFIG}: it was changed or torn after it was written",
+        sha256_file(file) == found.get("weights_sha256"),
+        f"{file} does not match the hash in {CONFIG}: it was changed or torn after it was written",
     )
     try:
         name = str(config["architecture"])
@@ -138,11 +106,13 @@ def load_bundle(folder: Path, architecture: Architecture | None = None) -> Bundl
     if architecture is not None:
         own = replace(own, name=architecture.name, factory=architecture.factory)
     require(
-        architecture is not None or not _own(own),
+        architecture is not None or not factory_argument(own),
         f"{folder} needs the model factory '{own.name}', which nothing in a bundle may import: give your own, "
         "load_model(folder, Architecture(…, factory=…)) or --set model.name=package.module:factory",
     )
-    return Bundle(state, own, classes, found)
+    if own.options.get("source"):  # its other parts lie beside it
+        own = replace(own, options={**own.options, "source": str(folder)})
+    return Bundle(our_names(state, own), own, classes, found)
 
 
 def model_card(
@@ -150,11 +120,11 @@ def model_card(
 ) -> str:
     """The model card in Markdown, with the audit's figures where there is an audit."""
     arch = bundle.architecture
-    library = "timm" if _of_timm(arch) else "holdfast"
+    layout = packaging(arch)
     lines = [
         "---",
-        f"library_name: {library}",
-        "pipeline_tag: image-classification",
+        f"library_name: {layout.library}",
+        f"pipeline_tag: {layout.tag}",
         "tags: [holdfast, non-fine-tunable]",
         "---",
         f"# {name}",
@@ -177,11 +147,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(
-            ["import timm", 'model = timm.create_model("local-dir:bundle", pretrained=True)']
-            if library == "timm"
-            else ["import holdfast", f'model = holdfast.load_model("bundle"{_own(arch)})']
-        ),
+        *layout.usage(arch),
         "```",
         "",
     ]
@@ -191,14 +157,16 @@ def model_card(
 def _audit_lines(summary: Mapping[str, Any]) -> list[str]:
     restricted, intact = summary["restricted"], summary["intactness"]
     worst = restricted["worst_case"]
-    kept = f"{intact['before']:.1%} → {intact['after']:.1%}" if intact else "not measured"
+    scale = scale_of(restricted["metric"])
+    kept = f"{scale.shown(intact['before'])} → {scale.shown(intact['after'])}" if intact else "not measured"
     failing = "; ".join(f"{c['name']} ({c['message']})" for c in summary["checks"] if not c["passed"])
     return [
-        f"Verdict: **{summary['verdict']}**. Original {restricted['metric']}: {kept}.",
+        f"Verdict: **{summary['verdict']}**. Original {scale.name}: {kept}.",
         "",
         *([f"**Checks of the audit that fail:** {failing}.", ""] if failing else []),
-        f"Worst case on the restricted domain (chance {restricted['chance']:.1%}): the protected model reaches "
-        f"{worst['protected']['final']:.1%} under `{worst['protected']['attack']}`; the unprotected one "
-        f"{worst['clean']['final']:.1%}, a model from scratch {worst['scratch']['final']:.1%}.",
+        f"Worst case on the restricted domain (chance {scale.shown(restricted['chance'])}): the protected model "
+        f"reaches {scale.shown(worst['protected']['final'])} under `{worst['protected']['attack']}`; the "
+        f"unprotected one {scale.shown(worst['clean']['final'])}, a model from scratch "
+        f"{scale.shown(worst['scratch']['final'])}.",
         "",
     ]

@@ -6,6 +6,8 @@ Everything that diffusers makes is imported where it is needed: the import takes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +115,8 @@ def build_denoiser(kind: str, options: Mapping[str, Any], size: int, channels: i
     """A fresh denoiser, initialised by torch's generators.
 
     `kind`: `unet2d` or `unet2d_condition`; `options`: `unet` (arguments of the class; for `unet2d` laid over a small
-    default), `scheduler` (arguments of `DDPMScheduler`), `conditional` (class embeddings). Raises `UserError`.
+    default), `scheduler` (arguments of `DDPMScheduler`), `conditional` (class embeddings), `source` (the pipeline
+    folder whose other parts are used), `prompt` (what a text-conditioned U-Net is told). Raises `UserError`.
     """
     require(
         set(options) <= set(OPTIONS),
@@ -132,7 +135,9 @@ def build_denoiser(kind: str, options: Mapping[str, Any], size: int, channels: i
         scheduler = diffusers.DDPMScheduler(**{n: v for n, v in options.get("scheduler", {}).items() if n[0] != "_"})
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"cannot build '{kind}': {one_line(error, 200)}") from error
-    context = torch.zeros(1, 1, unet.config.cross_attention_dim) if kind == "unet2d_condition" else None
+    context = context_of(options) if kind == "unet2d_condition" else None
+    if context is None and kind == "unet2d_condition":
+        context = torch.zeros(1, 1, unet.config.cross_attention_dim)
     return Denoiser(unet, scheduler, context)
 
 
@@ -152,3 +157,27 @@ def import_diffusers() -> Any:
     except ImportError:
         raise UserError("diffusion models need diffusers: pip install 'holdfast[diffusion]'") from None
     return diffusers
+
+
+@lru_cache(maxsize=4)
+def prompt_embedding(source: str, prompt: str) -> Tensor | None:
+    """What the pipeline's own text encoder makes of a prompt, (1, tokens, width); None where it has no text encoder."""
+    folder = Path(source)
+    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
+        return None
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    model: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
+    model.eval()
+    length = model.config.max_position_embeddings
+    tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found: Tensor = model(tokens.input_ids)[0]
+    return found
+
+
+def context_of(options: Mapping[str, Any]) -> Tensor | None:
+    """The text embedding that `options` ask for: of `prompt` (default: the empty one), by `source`'s text encoder."""
+    source = options.get("source")
+    return prompt_embedding(str(source), str(options.get("prompt", ""))) if source else None

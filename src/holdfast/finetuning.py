@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,7 @@ from torch import nn
 
 from holdfast.adapters import add_adapters
 from holdfast.augmentation import AUGMENTATIONS, augmented
+from holdfast.averaging import WeightAverage
 from holdfast.domains import ImageData
 from holdfast.errors import UserError, require, unknown
 from holdfast.layers import initialise_head, last_layers, owned_tensors
@@ -38,6 +39,7 @@ class FineTuning:
       are the pre-trained ones); or `lora`: low-rank adapters of rank `rank` on every other layer, and the head
     - `schedule`: `constant` or `cosine` (to zero), after `warmup` steps of linear rise
     - `augment`: `none`, `shift`, `shift+flip`; `mixup`: the α of mixup's Beta distribution, 0 for none
+    - `ema`: decay of the average of the weights that is evaluated and released in place of the last ones; 0 for none
     - `keep_zeros`: weights that are exactly zero at the start stay so, as by one who respects a pruning mask
 
     The defaults are SOPHON's default attack (§5.1.1): momentum 0.9, lr 1e-4, batch 200, weight decay 1e-4.
@@ -56,6 +58,7 @@ class FineTuning:
     rank: int = 8
     augment: str = "none"
     mixup: float = 0.0
+    ema: float = 0.0
     keep_zeros: bool = False
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -65,6 +68,7 @@ class FineTuning:
         require(self.train in ("all", "head", "lora"), f"train must be all, head or lora, but got '{self.train}'")
         if self.augment not in AUGMENTATIONS:
             raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        require(0 <= self.ema < 1, f"ema must lie in [0, 1), but got {self.ema}")
         require(0 <= self.mixup <= 10, f"mixup must lie in [0, 10], but got {self.mixup}")
         if self.optimiser not in OPTIMISERS:
             raise unknown("optimiser", self.optimiser, OPTIMISERS)
@@ -188,8 +192,10 @@ class FineTuning:
         runtime: Runtime,
         seed: int,
         after_step: AfterStep | None = None,
+        shown: Collection[int] = (),
     ) -> FitResult:
-        """Train `model` (already initialised, on the runtime's device) on `data`, in place, with `fit`."""
+        """Train `model` (already initialised, on the runtime's device) on `data`, in place, with `fit`. With `ema` the
+        averaged weights are in `model` in the end, and at the steps `shown`, when `after_step` sees it."""
         batches = minibatches(data, self.batch_size, self.steps, derive(seed, "data"), runtime)
         if self.augment != "none" or self.mixup:
             batches = augmented(batches, self.augment, self.mixup, classes, seed)
@@ -198,7 +204,8 @@ class FineTuning:
             optimiser = self.build_optimiser(parameters)
             if self.keep_zeros:
                 keep_zeros(optimiser, parameters)
-            return fit(
+            average = WeightAverage(model, self.ema) if self.ema else None
+            result = fit(
                 model,
                 batches,
                 task.loss,
@@ -208,8 +215,11 @@ class FineTuning:
                 schedule=self.build_schedule(optimiser),
                 seed=derive(seed, "noise"),
                 set_mode=self.set_mode,
-                after_step=after_step,
+                after_step=after_step if average is None else average.following(after_step, shown),
             )
+            if average is not None and not result.diverged_at:
+                average.apply()
+            return result
 
     def run_from(
         self,
@@ -252,7 +262,17 @@ class FineTuning:
             enough = bool(note(step, "running"))
             return enough or quiet
 
-        result = self.run(model, data, task, architecture, classes, runtime=runtime, seed=seed, after_step=after_step)
+        result = self.run(
+            model,
+            data,
+            task,
+            architecture,
+            classes,
+            runtime=runtime,
+            seed=seed,
+            after_step=after_step,
+            shown=steps,
+        )
         if not enough:  # nothing is left of a run that made all its steps
             for step in (s for s in steps if s > last):
                 if note(step, "diverged" if result.diverged_at else "converged"):

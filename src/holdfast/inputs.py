@@ -10,17 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from holdfast import models
+from holdfast import models, pipelines
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
-from holdfast.bundle import WEIGHTS, read_weights
+from holdfast.bundle import read_weights
 from holdfast.cells import Bench, Ground
 from holdfast.defences.base import Given
 from holdfast.domains import Domain, DomainSpec, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
 from holdfast.models import Architecture, State
+from holdfast.packaging import find_weights
 from holdfast.recipes import Recipe
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
@@ -48,18 +49,50 @@ class Inputs:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The model, with the normalisation of timm's weights where those are used."""
+        """The model, with the normalisation of timm's weights where those are used; a checkpoint of diffusers as its
+        configuration has it."""
         arch = self.recipe.model
+        if pipelines.is_checkpoint(arch):
+            return pipelines.resolved(arch)
         return models.with_pretrained_normalisation(arch) if self.recipe.weights == "timm" else arch
+
+    @cached_property
+    def weights(self) -> str | None:
+        """The recipe's weights; those of a checkpoint of diffusers by their folder."""
+        if self.recipe.weights != "diffusers":
+            return self.recipe.weights
+        source = self.architecture.options.get("source")
+        require(
+            bool(source), "weights: diffusers needs a checkpoint, model.name diffusers:FOLDER or diffusers:HUB/NAME"
+        )
+        return str(source)
 
     @cached_property
     def task(self) -> Task:
         """What the model is for."""
         return TASKS[self.recipe.task]
 
+    @cached_property
+    def _pixels(self) -> dict[DomainSpec, Domain]:
+        return {}
+
+    def _decoded(self, spec: DomainSpec) -> Domain:
+        """The images of a domain, on the device."""
+        if spec not in self._pixels:
+            found = load_domain(spec, self.architecture.preprocessing, self.recipe.seed, self.task.least_classes)
+            self._pixels[spec] = found.to(self.runtime)
+        return self._pixels[spec]
+
+    @cached_property
+    def _encoder(self) -> Any | None:
+        return pipelines.encoder(self.architecture)
+
     def _load(self, spec: DomainSpec) -> Domain:
-        preprocessing = self.architecture.preprocessing
-        return load_domain(spec, preprocessing, self.recipe.seed, self.task.least_classes).to(self.runtime)
+        """What the model works on: the images, or their latents."""
+        pixels = self._decoded(spec)
+        if self._encoder is None:
+            return pixels
+        return pipelines.encoded(pixels, self.architecture, self._encoder, self.runtime)
 
     @cached_property
     def original(self) -> Domain:
@@ -87,7 +120,7 @@ class Inputs:
         model = self.architecture.build(ours)
         self.task.check(model)
         heads = self.architecture.head(model, ours)
-        weights = self.recipe.weights
+        weights = self.weights
         if weights == "timm":
             self.architecture.build(ours, pretrained=True)
         for path in (weights, self.protected):
@@ -183,7 +216,7 @@ class Inputs:
         """The classes of the model's head: the original domain's; without one, as many as the given weights have."""
         if self.with_original:
             return self.original.classes
-        state = read_weights(self.recipe.weights or "", self.architecture)
+        state = read_weights(self.weights or "", self.architecture)
         classes = len(self.restricted.classes)
         head = self.architecture.head(self.architecture.build(classes), classes)[-1]
         rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else classes
@@ -203,12 +236,14 @@ class Inputs:
     def content(self) -> dict[str, Any]:
         """Hashes of what the run rests on: the data as decoded, and weights that were given. Paths alone do not tell
         whether a resumed run still has what it began with."""
-        files = {"weights": self.recipe.weights, "protected": self.protected}
+        files = {"weights": self.weights, "protected": self.protected}
         given = {n: Path(p).expanduser() for n, p in files.items() if p and p != "timm"}
-        domains = {"restricted": self.restricted, **({"original": self.original} if self.with_original else {})}
-        domains |= {"benign": self.benign} if self.benign else {}
+        specs = {"restricted": self.recipe.restricted}
+        specs |= {"original": self.recipe.original} if self.with_original else {}
+        specs |= {"benign": self.recipe.benign} if self.recipe.benign else {}
+        domains = {n: self._decoded(s) for n, s in specs.items()}
         return {
-            **{n: sha256_file(p / WEIGHTS if p.is_dir() else p) for n, p in given.items()},
+            **{n: sha256_file(find_weights(p) if p.is_dir() else p) for n, p in given.items()},
             **{
                 f"{n} {part}": getattr(d, part).sha256()
                 for n, d in domains.items()

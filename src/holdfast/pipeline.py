@@ -89,7 +89,7 @@ class Run:
             bundle = self._clean(self.shared)
             bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
             return bundle
-        weights, start = given.recipe.weights, None
+        weights, start = given.weights, None
         checkpoint = self.out / "pretraining" / "checkpoint.pt"
         if weights == "timm":
             start = state_of(given.architecture.build(len(given.original.classes), pretrained=True))

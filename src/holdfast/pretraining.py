@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from holdfast.averaging import WeightAverage
 from holdfast.domains import Domain
 from holdfast.errors import UserError, require
 from holdfast.files import load_torch, save_every_seconds, save_torch
@@ -60,13 +61,16 @@ def train(
 ) -> None:
     """Train `model` in place with the tuning's optimiser and schedule on `batches(first)`: from batch `first` on.
 
-    Resumed from a checkpoint, the result is the same as undisturbed. `others`: what else has a state; `after` is called
+    Resumed from a checkpoint, the result is the same as undisturbed. With `tuning.ema` it is the averaged weights.
+    `others`: what else has a state; `after` is called
     after every step. `UserError` where the loss is no longer finite.
     """
     optimiser = tuning.build_optimiser(parameters)
     schedule = tuning.build_schedule(optimiser)
     kept: dict[str, Stateful] = {"optimiser": optimiser, **(others or {})}
     kept |= {"schedule": schedule} if schedule is not None else {}
+    average = WeightAverage(model, tuning.ema) if tuning.ema else None
+    kept |= {"average": average} if average is not None else {}
     saved = checkpoint.load() if checkpoint else None
     first = 0
     if saved is not None:
@@ -80,6 +84,8 @@ def train(
         def after_step(step: int, value: float) -> None:
             nonlocal last_saved
             after()
+            if average is not None:
+                average.update()
             bar.update(step, f"loss {value:.3f}")
             if checkpoint is not None and time.monotonic() - last_saved > save_every_seconds():
                 states = {name: part.state_dict() for name, part in kept.items()}
@@ -105,6 +111,8 @@ def train(
             f"pre-training diverged at step {result.diverged_at}: the loss is not finite; lower pretrain.lr "
             f"(now {tuning.lr:g}) or add pretrain.warmup"
         )
+    if average is not None:
+        average.apply()
 
 
 def pretrain(

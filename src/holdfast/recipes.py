@@ -50,9 +50,9 @@ class RuntimeSpec:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `task`: classification or denoising (diffusion models). `weights`: a file or bundle folder to start
-    from, `timm` for timm's published weights, or None to pre-train from scratch on the original domain; with `timm`,
-    `pretrain` fine-tunes them to it. `self_supervised`: pre-train without labels. `benign`: a third domain, to which
-    fine-tuning should stay possible."""
+    from, `timm` for timm's published weights, `diffusers` for those of a checkpoint `diffusers:…`, or None to pre-train
+    from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `self_supervised`: pre-train
+    without labels. `benign`: a third domain, to which fine-tuning should stay possible."""
 
     original: DomainSpec
     restricted: DomainSpec

@@ -86,7 +86,7 @@ class Scale:
 
     def amount(self, value: float) -> str:
         """The size of a difference with its unit: `3.0 points`, `0.030 of MSE`."""
-        return f"{self.spread(abs(value))} {self.unit}"
+        return f"{self.spread(abs(value)).removesuffix('.0')} {self.unit}"
 
     @property
     def digits(self) -> int:

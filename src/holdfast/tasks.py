@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast import losses
-from holdfast.errors import unknown
+from holdfast.denoisers import Denoiser
+from holdfast.errors import require, unknown
 from holdfast.scales import ACCURACY, Scale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -87,7 +88,8 @@ class Classification:
     )
 
     def check(self, model: nn.Module) -> None:
-        """Any network may classify."""
+        """Any network may classify, but one that tells noise."""
+        require(not isinstance(model, Denoiser), "this is a diffusion model; give the recipe task: denoising")
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
         """The logits."""

@@ -1,0 +1,176 @@
+"""How a bundle is laid out so that the library its model comes from can load it: ours, timm's, or diffusers'."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from holdfast.denoisers import UNETS, Denoiser
+from holdfast.files import read_json, write_json
+from holdfast.models import Architecture, State
+
+WEIGHTS = "model.safetensors"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PREFIX = "unet."
+
+
+class Packaging(Protocol):
+    """A layout. `weights`: where the weights lie in the folder; `library` and `tag`: for the model card."""
+
+    weights: str
+    library: str
+    tag: str
+
+    def named(self, state: Mapping[str, Any]) -> State:
+        """The state dict with the names that the library gives its tensors."""
+        ...
+
+    def extras(self, folder: Path, architecture: Architecture, classes: int) -> None:
+        """Write what the library needs beside weights and `config.json`."""
+        ...
+
+    def config(self, architecture: Architecture, classes: Sequence[str]) -> dict[str, Any]:
+        """The library's own keys of `config.json`."""
+        ...
+
+    def usage(self, architecture: Architecture) -> list[str]:
+        """Lines of Python that load the bundle."""
+        ...
+
+
+class _Plain:
+    """Our own networks, and those that only their authors can build."""
+
+    weights, library, tag = WEIGHTS, "holdfast", "image-classification"
+
+    def named(self, state: Mapping[str, Any]) -> State:
+        return dict(state)
+
+    def extras(self, folder: Path, architecture: Architecture, classes: int) -> None:
+        """Nothing."""
+
+    def config(self, architecture: Architecture, classes: Sequence[str]) -> dict[str, Any]:
+        """timm's keys too, so that one reader does for both."""
+        arch = architecture
+        mean, std = (list(v) * (arch.channels if len(v) == 1 else 1) for v in (arch.mean, arch.std))
+        return {
+            "num_classes": len(classes),
+            "model_args": self._arguments(arch),
+            "pretrained_cfg": {
+                "num_classes": len(classes),
+                "input_size": [arch.channels, arch.size, arch.size],
+                "mean": mean,
+                "std": std,
+                "fixed_input_size": fixed_size(arch),
+                "label_names": list(classes),
+            },
+        }
+
+    def _arguments(self, arch: Architecture) -> dict[str, Any]:
+        return {}
+
+    def usage(self, architecture: Architecture) -> list[str]:
+        return ["import holdfast", f'model = holdfast.load_model("bundle"{factory_argument(architecture)})']
+
+
+class _Timm(_Plain):
+    """`timm.create_model("local-dir:FOLDER")` loads it."""
+
+    library = "timm"
+
+    def _arguments(self, arch: Architecture) -> dict[str, Any]:
+        size = {"img_size": arch.size} if fixed_size(arch) else {}  # a vision transformer needs it
+        return {"in_chans": arch.channels, **size, **arch.options}
+
+    def usage(self, architecture: Architecture) -> list[str]:
+        return ["import timm", 'model = timm.create_model("local-dir:bundle", pretrained=True)']
+
+
+class _Pipeline:
+    """A pipeline folder of diffusers: `DiffusionPipeline.from_pretrained(FOLDER)` loads it. What the source pipeline
+    holds beside U-Net and scheduler (a VAE, a text encoder) is copied as it is."""
+
+    weights, library, tag = UNET_WEIGHTS, "diffusers", "unconditional-image-generation"
+
+    def named(self, state: Mapping[str, Any]) -> State:
+        return {n.removeprefix(PREFIX): v for n, v in state.items()}
+
+    def extras(self, folder: Path, architecture: Architecture, classes: int) -> None:
+        """`unet/config.json`, `scheduler/`, `model_index.json`, the source's other parts."""
+        model = architecture.build(classes)
+        if not isinstance(model, Denoiser):
+            raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+        unet: Any = model.unet
+        unet.save_config(folder / "unet")
+        model.scheduler.save_config(folder / "scheduler")
+        index = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": unet.config["_diffusers_version"],
+            "scheduler": ["diffusers", type(model.scheduler).__name__],
+            "unet": ["diffusers", type(unet).__name__],
+        }
+        source = Path(str(architecture.options["source"])) if architecture.options.get("source") else None
+        if source is not None and source.resolve() != folder.resolve():
+            theirs = read_json(source / "model_index.json")
+            index = {**theirs, "unet": index["unet"], "scheduler": index["scheduler"]}
+            for part in (n for n in theirs if (source / n).is_dir() and n not in ("unet", "scheduler")):
+                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+        write_json(folder / "model_index.json", index)
+
+    def config(self, architecture: Architecture, classes: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+    def usage(self, architecture: Architecture) -> list[str]:
+        return [
+            "from diffusers import DiffusionPipeline",
+            'pipeline = DiffusionPipeline.from_pretrained("bundle")',
+            "images = pipeline(batch_size=4).images" if architecture.name == "unet2d" else "images = pipeline().images",
+        ]
+
+
+def packaging(architecture: Architecture) -> Packaging:
+    """The layout for an architecture."""
+    if architecture.name in UNETS and architecture.factory is None:
+        return _Pipeline()
+    return _Timm() if of_timm(architecture) else _Plain()
+
+
+def find_weights(folder: Path) -> Path:
+    """Where the weights lie in a bundle or a pipeline folder."""
+    pipeline = folder / UNET_WEIGHTS
+    return pipeline if pipeline.is_file() else folder / WEIGHTS
+
+
+def our_names(state: Mapping[str, Any], architecture: Architecture) -> State:
+    """The state dict with our names: a U-Net's tensors as those of the `Denoiser` around it."""
+    foreign = architecture.name in UNETS and not any(n.startswith(PREFIX) for n in state)
+    return {f"{PREFIX}{n}": v for n, v in state.items()} if foreign else dict(state)
+
+
+def of_timm(architecture: Architecture) -> bool:
+    """Whether timm can build it."""
+    name = architecture.name
+    if architecture.factory is not None or ":" in name or name in (*UNETS, "small_conv"):
+        return False  # without timm, which takes seconds to import
+    import timm
+
+    return bool(timm.is_model(name))
+
+
+def factory_argument(architecture: Architecture) -> str:
+    """The argument that `load_model` needs for a network that only its author can build; else nothing."""
+    arch = architecture
+    known = arch.name in (*UNETS, "small_conv") or of_timm(arch)
+    return "" if known else f", holdfast.Architecture({arch.name!r}, {arch.size}, {arch.channels}, factory=...)"
+
+
+def fixed_size(architecture: Architecture) -> bool:
+    """Whether timm builds the model for one input size."""
+    if not of_timm(architecture):
+        return False
+    import timm
+
+    config = timm.get_pretrained_cfg(architecture.name)
+    return bool(config is not None and config.fixed_input_size)

@@ -1,0 +1,218 @@
+"""The task of a diffusion model: forward process, targets, losses and their gradients, the fixed grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from holdfast.bundle import Bundle, read_weights
+from holdfast.denoisers import Denoiser
+from holdfast.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
+from holdfast.errors import UserError
+from holdfast.losses import denial_of_service, inverse_mse, noise_error
+from holdfast.models import Architecture, load_state, state_of
+from holdfast.pipeline import load_model
+from holdfast.pipelines import resolved
+from holdfast.tasks import Classification
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {"unet": {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}}
+
+
+def tiny(**options) -> Denoiser:
+    model = Architecture("unet2d", 8, 1, options={**TINY, **options}).build(3, seed=1)
+    assert isinstance(model, Denoiser)
+    return model
+
+
+@pytest.fixture
+def pair() -> torch.Tensor:
+    """Predictions and targets of two images of 1×2×2."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, 1, 2, 2, generator=generator).requires_grad_()
+
+
+class TestLosses:
+    def test_values_by_hand(self) -> None:
+        """Predictions (1, 2), truth (0, 4): errors (1 + 4)/2; DoS (1 + 4)/2."""
+        outputs = torch.tensor([[[1.0, 2.0], [0.0, 4.0]]])
+        assert noise_error(outputs).tolist() == [2.5]
+        assert inverse_mse(outputs).item() == -2.5
+        assert denial_of_service(outputs).item() == 2.5
+
+    def test_gradients_are_the_papers(self, pair) -> None:
+        """Equation 15, 2·(ε̂ − ε), negated, and 2·ε̂ under Equation 16; per element of the mean."""
+        count = pair[:, 0].numel()
+        (grown,) = torch.autograd.grad(inverse_mse(pair), pair)
+        (faded,) = torch.autograd.grad(denial_of_service(pair), pair)
+        predicted, truth = pair.detach().unbind(1)
+        torch.testing.assert_close(grown[:, 0], -2 * (predicted - truth) / count)
+        torch.testing.assert_close(faded[:, 0], 2 * predicted / count)
+        assert not faded[:, 1].any()
+
+    def test_gradients_by_finite_differences(self, pair) -> None:
+        exact = pair.detach().double().requires_grad_()
+        for loss in (inverse_mse, denial_of_service):
+            assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x).double(), exact, eps=1e-3, atol=1e-3)
+
+    def test_another_shape_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"\(n, 2, …\)"):
+            noise_error(torch.zeros(4, 10))
+        with pytest.raises(UserError, match=r"\(n, 2, …\)"):
+            denial_of_service(torch.zeros(4, 10))
+
+
+class TestForwardProcess:
+    def test_alphas_are_the_schedules(self) -> None:
+        """ᾱ_t = Π (1 − β_s), β from 1e-4 to 0.02: DDPM's linear schedule."""
+        model = tiny()
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        torch.testing.assert_close(model.alphas.double(), torch.cumprod(1 - betas, 0), rtol=1e-4, atol=1e-7)
+
+    def test_noise_is_found_again_from_v(self) -> None:
+        """ε from v and x_t, exactly: √(1 − ᾱ)·x_t + √ᾱ·v."""
+        model = tiny(scheduler={"prediction_type": "v_prediction"})
+        generator = torch.Generator().manual_seed(3)
+        images, noise = (torch.randn(5, 1, 8, 8, generator=generator) for _ in range(2))
+        steps = torch.tensor([0, 10, 300, 800, 999])
+        noisy = model.diffuse(images, noise, steps)
+        velocity = model.target(images, noise, steps)
+        torch.testing.assert_close(model.noise_of(velocity, noisy, steps), noise, rtol=1e-4, atol=1e-5)
+        kept = model.alphas[10]
+        torch.testing.assert_close(velocity[1], kept.sqrt() * noise[1] - (1 - kept).sqrt() * images[1])
+
+    def test_the_same_as_diffusers(self) -> None:
+        model, generator = tiny(), torch.Generator().manual_seed(3)
+        images, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(2))
+        steps = torch.tensor([1, 50, 500, 998])
+        torch.testing.assert_close(model.diffuse(images, noise, steps), model.scheduler.add_noise(images, noise, steps))
+        torch.testing.assert_close(
+            tiny(scheduler={"prediction_type": "v_prediction"}).target(images, noise, steps),
+            model.scheduler.get_velocity(images, noise, steps),
+        )
+
+    def test_another_schedule_is_measured_at_the_same_noise(self) -> None:
+        """The cosine schedule has other ᾱ_t; the levels of the grid keep their own to within a step of it."""
+        model = tiny()
+        places = torch.tensor(grid(1000))
+        wanted = model.reference[places]
+        model.exchange(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+        own = model.at_level(places)
+        assert own.tolist() != places.tolist()
+        torch.testing.assert_close(model.alphas[own].sqrt(), wanted.sqrt(), atol=3e-3, rtol=0)
+
+    def test_other_targets_are_refused(self) -> None:
+        with pytest.raises(UserError, match="prediction_type must be one of epsilon, v_prediction"):
+            tiny(scheduler={"prediction_type": "sample"})
+
+
+class TestGrid:
+    def test_levels_lie_in_the_middles(self) -> None:
+        assert grid(1000, 4) == [125, 375, 625, 875]
+        assert grid(10, 20)[-1] == 9
+
+    def test_an_image_meets_the_same_noise_in_any_batch(self) -> None:
+        images = torch.zeros(6, 1, 2, 2)
+        torch.testing.assert_close(fixed_noise(0, images)[4:], fixed_noise(4, images[:2]))
+        assert fixed_steps(4, 2, 1000).tolist() == fixed_steps(0, 6, 1000)[4:].tolist()
+        assert fixed_steps(LEVELS, 1, 1000).tolist() == [grid(1000)[0]]
+
+    def test_training_draws_and_evaluation_does_not(self) -> None:
+        model, task = tiny().eval(), Denoising()
+        images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+        with torch.no_grad():
+            drawn = [task.forward(model, images, labels) for _ in range(2)]
+            fixed = [task.forward(model, images, labels, 8) for _ in range(2)]
+        assert not torch.equal(*drawn)
+        torch.testing.assert_close(*fixed)
+        torch.testing.assert_close(fixed[0][:, 1], fixed_noise(8, images))
+
+
+class TestTask:
+    def test_score_by_hand(self) -> None:
+        """MSE 0.25, 9 and NaN: 0.75, and no less than 1 − WORST."""
+        zero = torch.zeros(1, 1, 2, 2)
+        outputs = torch.cat([torch.stack([zero + x, zero], 1) for x in (0.5, 3.0, float("nan"))])
+        torch.testing.assert_close(
+            Denoising().score(outputs, torch.zeros(3)), torch.tensor([0.75, 1 - WORST, 1 - WORST])
+        )
+
+    def test_the_answer_zero_is_chance(self) -> None:
+        noise = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        outputs = torch.stack([torch.zeros_like(noise), noise], 1)
+        task = Denoising()
+        assert task.score(outputs, torch.zeros(500)).mean().item() == pytest.approx(
+            task.chance(torch.zeros(500)), abs=0.02
+        )
+
+    def test_each_task_refuses_the_others_models(self) -> None:
+        with pytest.raises(UserError, match="needs a diffusion model"):
+            Denoising().check(Architecture("small_conv", 8).build(3))
+        with pytest.raises(UserError, match="task: denoising"):
+            Classification().check(tiny())
+
+    def test_losses_by_name(self) -> None:
+        task = Denoising()
+        assert task.suppression(None) is denial_of_service
+        assert task.suppression("mse") is inverse_mse
+        with pytest.raises(UserError, match="unknown suppression loss 'ice'"):
+            task.suppression("ice")
+
+    def test_conditional_networks_are_told_the_class(self) -> None:
+        model, task = tiny(conditional=True).eval(), Denoising()
+        assert model.head_layers() == ["unet.class_embedding"]
+        images = torch.zeros(2, 1, 8, 8)
+        with torch.no_grad():
+            first, second = (task.forward(model, images, torch.tensor(c), 0)[:, 0] for c in ([0, 1], [2, 1]))
+        assert not torch.allclose(first[0], second[0])
+        torch.testing.assert_close(first[1], second[1])
+        assert Architecture("unet2d", 8, 1, options={**TINY, "conditional": True}).head(model, 3) == model.head_layers()
+
+    def test_options_in_one_line(self) -> None:
+        with pytest.raises(UserError, match="options of 'unet2d' are unet, scheduler"):
+            Architecture("unet2d", 8, 1, options={"width": 3}).build(1)
+        with pytest.raises(UserError, match="cannot build 'unet2d'"):
+            Architecture("unet2d", 8, 1, options={"unet": {"colour": 3}}).build(1)
+
+
+class TestPipelines:
+    def test_a_bundle_is_a_pipeline(self, tmp_path) -> None:
+        """Saved, loaded by diffusers and by us: the same images, the same predictions."""
+        architecture = Architecture("unet2d", 8, 3, options=TINY)
+        model = architecture.build(1, seed=5).eval()
+        Bundle(state_of(model), architecture, ("all",), {"stage": "clean"}).save(tmp_path / "out", "# card\n")
+        pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+        assert not list((tmp_path / "out").glob("model.safetensors")), "the weights are there once"
+        here = diffusers.DDPMPipeline(model.unet, model.scheduler)
+        drawn = [
+            p(batch_size=2, num_inference_steps=4, output_type="np", generator=torch.Generator().manual_seed(1)).images
+            for p in (pipeline, here)
+        ]
+        assert (drawn[0] == drawn[1]).all()
+        again = load_model(tmp_path / "out")
+        images = torch.zeros(2, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(again(images, 7), model(images, 7))
+
+    def test_a_checkpoint_of_diffusers(self, tmp_path) -> None:
+        saved = tiny()
+        diffusers.DDPMPipeline(
+            saved.unet, diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+        ).save_pretrained(tmp_path / "theirs")
+        found = resolved(Architecture(f"diffusers:{tmp_path / 'theirs'}", 64))
+        assert (found.name, found.size, found.channels) == ("unet2d", 8, 1)
+        model = found.build(1)
+        assert isinstance(model, Denoiser)
+        assert model.prediction == "v_prediction"
+        load_state(model, read_weights(str(tmp_path / "theirs"), found))
+        images = torch.ones(1, 1, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images, 3), saved(images, 3))
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"), [("", "no pipeline of diffusers"), ("missing", "pipeline not found")]
+    )
+    def test_no_pipeline_in_one_line(self, wrong, message, tmp_path) -> None:
+        with pytest.raises(UserError, match=message):
+            resolved(Architecture(f"diffusers:{tmp_path / wrong}"))
