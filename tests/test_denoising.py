@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from holdfast.attacks.batteries import battery
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
+from holdfast.attacks.released import Released
+from holdfast.averaging import WeightAverage
 from holdfast.bundle import Bundle, read_weights
 from holdfast.denoisers import Denoiser
 from holdfast.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
@@ -13,6 +17,7 @@ from holdfast.losses import denial_of_service, inverse_mse, noise_error
 from holdfast.models import Architecture, load_state, state_of
 from holdfast.pipeline import load_model
 from holdfast.pipelines import resolved
+from holdfast.runtime import Runtime
 from holdfast.tasks import Classification
 
 diffusers = pytest.importorskip("diffusers")
@@ -216,3 +221,60 @@ class TestPipelines:
     def test_no_pipeline_in_one_line(self, wrong, message, tmp_path) -> None:
         with pytest.raises(UserError, match=message):
             resolved(Architecture(f"diffusers:{tmp_path / wrong}"))
+
+
+class TestEdits:
+    def released(self, **options) -> Released:
+        architecture = Architecture("unet2d", 8, 1, options={**TINY, **options})
+        return Released(architecture, state_of(architecture.build(1)), 1)
+
+    def test_another_schedule_and_target(self) -> None:
+        released, means = self.released(), None
+        for edit, schedule, target in (
+            (AnotherSchedule(), "squaredcos_cap_v2", "epsilon"),
+            (AnotherTarget(), "linear", "v_prediction"),
+        ):
+            assert edit.obstacle(released) is None
+            edited = edit.apply(released, means)
+            model = edited.build(Runtime())
+            assert isinstance(model, Denoiser)
+            assert (model.scheduler.config.beta_schedule, model.prediction) == (schedule, target)
+            assert torch.equal(model.reference, released.build(Runtime()).reference), "measured where it was"
+            assert edited.state is released.state
+        assert AnotherSchedule("linear").obstacle(released) == "the model has it already"
+        assert AnotherTarget().setting(
+            self.released(scheduler={"prediction_type": "v_prediction"}).build(Runtime())
+        ) == {"prediction_type": "epsilon"}
+
+    def test_a_classifier_has_neither(self) -> None:
+        architecture = Architecture("small_conv", 8, 1)
+        released = Released(architecture, state_of(architecture.build(3)), 3)
+        assert AnotherTarget().obstacle(released) == "not a diffusion model"
+
+    def test_what_needs_a_head_is_left_out(self) -> None:
+        released = self.released()
+        why = {a.name: a.obstacle(released) for a in battery("standard").within(20)}
+        assert why["direct+all"] is None
+        assert why["initFC+all"] == why["initFC+FC"] == why["initFC+LoRA · adam swept"] == "the model has no head"
+        assert why["distilled → initFC+all"]
+        assert why["BatchNorm folded → initFC+all"]
+        assert all(a.obstacle(released) is None for a in battery("generation").within(20) if not a.edits)
+
+
+def test_averaged_weights_by_hand() -> None:
+    """d = min(0.5, 1/10, 2/11 …): w̄ after w = 1, 2 from 0: 0.9·1, then 2/11·0.9 + 9/11·2."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = WeightAverage(model, 0.5)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+    expected = 2 / 11 * 0.9 + 9 / 11 * 2
+    assert average.mean["weight"].item() == pytest.approx(expected)
+    with average.applied():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 2.0
+    saved = average.state_dict()
+    average.update()
+    average.load_state_dict(saved)
+    assert (average.steps, average.mean["weight"].item()) == (2, pytest.approx(expected))

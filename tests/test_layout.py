@@ -54,6 +54,7 @@ ORDER = [
     "attacks.weights",
     "attacks.structure",
     "attacks.preparation",
+    "attacks.diffusion",
     "attacks.edits",
     "attacks.attack",
     "attacks.batteries",

@@ -98,26 +98,27 @@ class _Pipeline:
         return {n.removeprefix(PREFIX): v for n, v in state.items()}
 
     def extras(self, folder: Path, architecture: Architecture, classes: int) -> None:
-        """`unet/config.json`, `scheduler/`, `model_index.json`, the source's other parts."""
+        """The U-Net's configuration; the rest from the source pipeline, or else a `DDPMPipeline` around it."""
         model = architecture.build(classes)
         if not isinstance(model, Denoiser):
             raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
         unet: Any = model.unet
         unet.save_config(folder / "unet")
-        model.scheduler.save_config(folder / "scheduler")
-        index = {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": unet.config["_diffusers_version"],
-            "scheduler": ["diffusers", type(model.scheduler).__name__],
-            "unet": ["diffusers", type(unet).__name__],
-        }
         source = Path(str(architecture.options["source"])) if architecture.options.get("source") else None
-        if source is not None and source.resolve() != folder.resolve():
-            theirs = read_json(source / "model_index.json")
-            index = {**theirs, "unet": index["unet"], "scheduler": index["scheduler"]}
-            for part in (n for n in theirs if (source / n).is_dir() and n not in ("unet", "scheduler")):
+        if source is None:
+            model.scheduler.save_config(folder / "scheduler")
+            index = {
+                "_class_name": "DDPMPipeline",
+                "_diffusers_version": unet.config["_diffusers_version"],
+                "scheduler": ["diffusers", type(model.scheduler).__name__],
+                "unet": ["diffusers", type(unet).__name__],
+            }
+            write_json(folder / "model_index.json", index)
+        elif source.resolve() != folder.resolve():
+            index = read_json(source / "model_index.json")
+            for part in (n for n in index if n != "unet" and (source / n).is_dir()):
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-        write_json(folder / "model_index.json", index)
+            write_json(folder / "model_index.json", index)
 
     def config(self, architecture: Architecture, classes: Sequence[str]) -> dict[str, Any]:
         return {}

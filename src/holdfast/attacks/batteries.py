@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from holdfast.attacks.attack import Attack, Search
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
@@ -185,6 +186,46 @@ _MASK = tuple(
     for f, share in ((1.0, ""), *((f, f" · {f:.0%} of data") for f in FRACTIONS))
 )
 
+# Diffusion models: no head to re-initialise (SOPHON, §5.2.2), so every strategy begins with the whole network.
+_FEW = (0.01, 0.05, 0.2)
+_GENERATION_QUICK = (
+    _attack("direct+all"),
+    *(_swept("direct+all", o) for o in ("adam", "momentum")),
+    _swept("direct+LoRA", "adam"),
+    _attack("direct+all", " · adam 1e-3 · averaged weights", ema=0.99, **_ADAM),
+    _edited("another noise schedule", AnotherSchedule(), strategy="direct+all"),
+    _edited("another prediction target", AnotherTarget(), strategy="direct+all"),
+)
+_GENERATION = (
+    _attack("direct+all"),
+    *(_swept("direct+all", o) for o in _OPTIMISERS),
+    _attack(
+        "direct+all",
+        " · adamw · warm-up · cosine · swept",
+        optimiser="adamw",
+        lr=1e-3,
+        weight_decay=DECAY["adamw"],
+        schedule="cosine",
+        warmup=10,
+        search=_SWEEP,
+    ),
+    _attack("direct+all", " · adam 1e-3", **_ADAM),
+    _attack("direct+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
+    *(_attack("last-k+all", f" · last {k} · adam 1e-3", k=k, **_ADAM) for k in (2, 3)),
+    _swept("direct+LoRA", "adam"),
+    *(_attack("direct+all", f" · adam 1e-3 · {f:.0%} of data", fraction=f, **_ADAM) for f in _FEW),
+    _attack("direct+LoRA", " · adam 1e-3 · 1% of data", fraction=0.01, **_ADAM),
+    *(_attack("direct+all", f" · adam 1e-3 · averaged weights {d}", ema=d, **_ADAM) for d in (0.9, 0.99)),
+    _edited("another noise schedule", AnotherSchedule(), strategy="direct+all"),
+    _edited("another prediction target", AnotherTarget(), strategy="direct+all"),
+    _edited("singular values clipped", Clip(), strategy="direct+all"),
+    _edited("noise", Noise(), strategy="direct+all"),
+    _edited("regrown", Regrow(), strategy="direct+all"),
+    _edited("healed", Heal(), strategy="direct+all"),
+    _edited("benign first", BenignFirst(), strategy="direct+all"),
+    _attack("direct+all", " · adam 1e-3 · shifts and flips", augment="shift+flip", **_ADAM),
+)
+
 # For recipes that repeat somebody's own evaluation. Whatever it says, no claim rests on it: see `checks`.
 OWN = Battery("own", 1, "none but the recipe's own attacks", ())
 
@@ -203,6 +244,15 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
             ),
             Battery("quick", 2, "paper-default, swept learning rates and the cheapest edits: minutes", _QUICK),
             Battery("standard", 1, "what any claim must face: six optimisers swept, every edit", _STANDARD),
+            Battery(
+                "generation-quick",
+                1,
+                "for diffusion models: swept rates, LoRA, EMA, schedule, target",
+                _GENERATION_QUICK,
+            ),
+            Battery(
+                "generation", 1, "for diffusion models, what any claim must face: `standard` without heads", _GENERATION
+            ),
             Battery("adaptive", 1, "standard, and an attacker who knows the defence", _STANDARD + _INFORMED),
         )
     }

@@ -7,6 +7,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Edit
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
@@ -27,6 +28,8 @@ EDITS: Mapping[str, type[Any]] = MappingProxyType(
         "heal": Heal,
         "benign-first": BenignFirst,
         "distil": Distil,
+        "another-schedule": AnotherSchedule,
+        "another-target": AnotherTarget,
     }
 )
 

@@ -1,0 +1,136 @@
+"""The whole chain on diffusion models: pixels and latents, from a pipeline's folder to a pipeline's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from holdfast.pipeline import run
+from holdfast.recipes import parse_recipe
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 4}
+SOPHON = {
+    "name": "sophon",
+    "inner_initialise": ["keep"],
+    "adversaries": 1,
+    "inner_steps": 2,
+    "inner_lr": [1e-3],
+    "inner_batch_size": [8],
+    "iterations": 2,
+    "check_every": 1,
+    "probe_steps": 2,
+    "ntr_batch_size": 8,
+    "tolerance": 0.9,
+}
+RECIPE = {
+    "name": "tiny",
+    "task": "denoising",
+    "original": {"data": "digits[0-4]", "per_class": 20, "test_per_class": 8},
+    "restricted": {"data": "digits[7]", "per_class": 60, "test_per_class": 20, "adversary": 20},
+    "model": {"name": "unet2d", "size": 8, "channels": 1, "options": {"unet": TINY}},
+    "pretrain": {"steps": 30, "batch_size": 16, "lr": 2e-3, "ema": 0.9},
+    "defence": SOPHON,
+    "audit": {
+        "battery": "own",
+        "steps": 4,
+        "seeds": 1,
+        "evaluations": 2,
+        "attacks": [
+            {"name": "direct+all", "tuning": {"batch_size": 8}},
+            {"name": "averaged", "tuning": {"batch_size": 8, "ema": 0.9, "optimiser": "adam", "lr": 1e-3}},
+            {"name": "adapters", "tuning": {"batch_size": 8, "train": "lora", "rank": 2}},
+            {"name": "target", "tuning": {"batch_size": 8}, "edits": ["another-target"]},
+        ],
+    },
+    "runtime": {"jobs": 1, "precision": "float32", "device": "cpu", "threads": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("diffusion") / "run"
+    run(parse_recipe(RECIPE), out, quiet=True)
+    return out
+
+
+def test_summary_and_report_speak_of_mse(done) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["restricted"]["metric"] == "1 − MSE"
+    assert summary["restricted"]["chance"] == 0.0
+    before, after = (1 - summary["intactness"][n] for n in ("before", "after"))
+    assert summary["intactness"]["ratio"] == pytest.approx(before / after, rel=1e-6)
+    page, text = (done / "report.html").read_text(), (done / "report.md").read_text()
+    for said in (page, text):
+        assert "MSE-k" in said
+        assert "1 − MSE" not in said
+        assert " points" not in said
+    assert f"{1 - summary['restricted']['worst_case']['protected']['final']:.3f}" in text
+
+
+def test_the_bundle_samples_images(done) -> None:
+    pipeline = diffusers.DDPMPipeline.from_pretrained(done / "bundle", local_files_only=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    card = (done / "bundle" / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "unconditional-image-generation" in card
+
+
+def tiny_stable_diffusion(folder: Path) -> None:
+    """A text-to-image pipeline of random weights: 32×32 images, 4×16×16 latents."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "a": 3}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=6)
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=6, bos_token_id=0, eos_token_id=1, projection_dim=16,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=4, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet,
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")  # fmt: skip
+
+
+def test_a_latent_model_from_folder_to_folder(tmp_path) -> None:
+    tiny_stable_diffusion(tmp_path / "sd")
+    source = tmp_path / "sd" / "pipeline"
+    recipe = {
+        **RECIPE,
+        "model": {"name": f"diffusers:{source}", "size": 32},
+        "weights": "diffusers",
+        "defence": {**SOPHON, "suppression": "mse", "alpha": 1e-2},  # DoS would only improve random weights
+        "audit": {**RECIPE["audit"], "attacks": RECIPE["audit"]["attacks"][:1]},
+    }
+    summary = run(parse_recipe(recipe), tmp_path / "run", quiet=True)
+    assert summary["restricted"]["attacks"][0]["name"] == "direct+all"
+    bundle = tmp_path / "run" / "bundle"
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(bundle, safety_checker=None, local_files_only=True)
+    assert pipeline("a", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    ours, theirs = (
+        diffusers.UNet2DConditionModel.from_pretrained(f, subfolder="unet").state_dict() for f in (bundle, source)
+    )
+    assert ours.keys() == theirs.keys()
+    assert any(not torch.equal(ours[n], theirs[n]) for n in ours), "protected"
+    scheduler, index = Path("scheduler", "scheduler_config.json"), "model_index.json"
+    assert all((bundle / n).read_text() == (source / n).read_text() for n in (scheduler, index)), "all else is theirs"
