@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from holdfast.distances import distance
+from holdfast.errors import UserError
+from holdfast.exhibits import read_exhibits
 from holdfast.pipeline import run
 from holdfast.recipes import parse_recipe
 
@@ -134,3 +137,34 @@ def test_a_latent_model_from_folder_to_folder(tmp_path) -> None:
     assert any(not torch.equal(ours[n], theirs[n]) for n in ours), "protected"
     scheduler, index = Path("scheduler", "scheduler_config.json"), "model_index.json"
     assert all((bundle / n).read_text() == (source / n).read_text() for n in (scheduler, index)), "all else is theirs"
+
+
+def test_exhibits(done) -> None:
+    """Five models; the error at each level is the task's own, averaged; nothing is made a second time."""
+    files = sorted((done / "exhibits").iterdir())
+    assert [f.stem for f in files] == [
+        "attacked-clean", "attacked-protected", "attacked-scratch", "released-clean", "released-protected"
+    ]  # fmt: skip
+    shown = read_exhibits(done / "exhibits")
+    first = shown["released", "clean"]
+    assert first["restricted/levels"].shape == (20,)
+    assert first["restricted/noisy"].shape == first["restricted/denoised"].shape == (5, 8, 1, 8, 8)
+    torch.testing.assert_close(first["original/noisy"], shown["released", "protected"]["original/noisy"])
+    assert {p.name for p in (done / "figures").glob("s*.png")} >= {
+        "strips-restricted.png", "strips-original.png", "samples.png"
+    }  # fmt: skip
+    before = [f.stat().st_mtime_ns for f in files]
+    run(parse_recipe(RECIPE), done, resume=True, quiet=True)
+    assert [f.stat().st_mtime_ns for f in files] == before
+    assert "random features" in (done / "report.md").read_text()
+
+
+def test_the_distance_tells_images_apart() -> None:
+    """Around 0 for two draws of one distribution, above it for another, the larger the further."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(0, 256, (192, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    same, half, tenth = (distance(draws[:96], draws[96:] // d) for d in (1, 2, 10))
+    assert abs(same) < 1e-3
+    assert 1e-3 < half < tenth
+    with pytest.raises(UserError, match="at least 4 images"):
+        distance(draws[:3], draws)

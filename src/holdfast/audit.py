@@ -35,6 +35,7 @@ from holdfast.workers import run_all
 MODELS = ("protected", "clean", "scratch")
 ORIGINAL = "original domain"  # the "attack" under which intactness is recorded: none
 BENIGN = "benign domain · initFC+all · adam 1e-3"  # fine-tuning to the third domain, which should stay possible
+PAPER_DEFAULT = "direct+all"  # the name of SOPHON's default attack, which the report and the exhibits speak of
 HEALING_SHARE = 0.1  # of the original training data, for attackers who have some (TransNTL: less than 10 %)
 
 

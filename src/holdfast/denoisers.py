@@ -59,9 +59,15 @@ class Denoiser(nn.Module):
         self.register_buffer("alphas", alphas, persistent=False)
 
     @property
+    def classes(self) -> int:
+        """How many classes the network can be told; 0 for one that is told none."""
+        embedding = getattr(self.unet, "class_embedding", None)
+        return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 0
+
+    @property
     def conditional(self) -> bool:
         """Whether the network is told the class."""
-        return isinstance(getattr(self.unet, "class_embedding", None), nn.Embedding)
+        return self.classes > 0
 
     def head_layers(self) -> list[str]:
         """What depends on the number of classes: the table of class embeddings, where there is one."""

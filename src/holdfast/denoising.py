@@ -40,6 +40,7 @@ class Denoising:
     scale: ClassVar[Scale] = MSE
     name: ClassVar[str] = "denoising"
     labelled: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
     least_classes: ClassVar[int] = 1
     SUPPRESSION: ClassVar[Mapping[str, Loss]] = MappingProxyType(
         {"dos": losses.denial_of_service, "mse": losses.inverse_mse}

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast import models, pipelines
 from holdfast.attacks.attack import Attack
@@ -93,6 +93,12 @@ class Inputs:
         if self._encoder is None:
             return pixels
         return pipelines.encoded(pixels, self.architecture, self._encoder, self.runtime)
+
+    def decode(self, images: Tensor) -> Tensor:
+        """What the model works on as pictures, uint8 (n, c, h, w)."""
+        if self._encoder is None:
+            return self.architecture.preprocessing.restore(images)
+        return pipelines.decoded(images, self._encoder, self.runtime)
 
     @cached_property
     def original(self) -> Domain:

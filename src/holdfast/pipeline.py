@@ -14,6 +14,7 @@ from torch import nn
 from holdfast import models
 from holdfast.audit import (
     ORIGINAL,
+    PAPER_DEFAULT,
     AuditFiles,
     applicable,
     measure_intactness,
@@ -27,6 +28,7 @@ from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_wei
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
+from holdfast.exhibits import Show, make_exhibits
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Workplace
@@ -231,6 +233,10 @@ class Run:
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
             run_audit(cells, bench, file, *workers)
+        if given.task.generates:
+            show = Show(bench, given.original if given.with_original else None, given.decode)
+            shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
+            make_exhibits(show, shown, self.out / "exhibits", self.reporter)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:

@@ -118,3 +118,12 @@ def encoded(domain: Domain, architecture: Architecture, vae: Any, runtime: Runti
         return replace(data, images=latents, preprocessing=LatentImages(architecture.size, architecture.channels))
 
     return replace(domain, train=encode(domain.train), validation=encode(domain.validation), test=encode(domain.test))
+
+
+@torch.no_grad()
+def decoded(latents: Tensor, vae: Any, runtime: Runtime, batch: int = 32) -> Tensor:
+    """Latents as the VAE's images, uint8 (n, 3, h, w) on the CPU."""
+    vae = vae.to(runtime.device)
+    factor = float(vae.config.scaling_factor)
+    parts = [vae.decode(part.to(runtime.device) / factor).sample.cpu() for part in torch.split(latents, batch)]
+    return (torch.cat(parts) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

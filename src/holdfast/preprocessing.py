@@ -48,6 +48,12 @@ class Preprocessing:
         array = array[None] if self.channels == 1 else array.transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(array))
 
+    def restore(self, images: Tensor) -> Tensor:
+        """Normalised images (n, c, h, w) as uint8 in [0, 255]: what `normalise` began with."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (n, c, h, w) in [0, 255] to float32, (x/255 − mean)/std."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)

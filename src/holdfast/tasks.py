@@ -41,6 +41,11 @@ class Task(Protocol):
         ...
 
     @property
+    def generates(self) -> bool:
+        """Whether the model makes images that an audit can show."""
+        ...
+
+    @property
     def least_classes(self) -> int:
         """How many classes a domain needs."""
         ...
@@ -78,6 +83,7 @@ class Classification:
     scale: ClassVar[Scale] = ACCURACY
     name: ClassVar[str] = "classification"
     labelled: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
     least_classes: ClassVar[int] = 2
     SUPPRESSION: ClassVar[Mapping[str, Loss]] = MappingProxyType(
         {

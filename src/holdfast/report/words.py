@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from holdfast.audit import PAPER_DEFAULT
 from holdfast.scales import Scale, scale_of
 
 EXPLAINED = {
@@ -13,7 +14,6 @@ EXPLAINED = {
     "bring no more than training from scratch is not shown.",
     "failed": "In the worst case the protected weights serve the attacker as well as the unprotected ones.",
 }
-PAPER_DEFAULT = "direct+all"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -11,10 +11,12 @@ import jinja2
 
 from holdfast.audit import AuditFiles
 from holdfast.errors import UserError, require
+from holdfast.exhibits import distances_table, read_exhibits
 from holdfast.files import read_json, write_atomic, write_json
 from holdfast.measured import measured
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report import figures, maps
+from holdfast.report.pictures import draw_exhibits
 from holdfast.report.words import conclusion, cost, percent, weaknesses
 from holdfast.scales import scale_of
 from holdfast.summary import summarise
@@ -106,6 +108,10 @@ def _draw(
         before = protection["checks"][0].get("original")
         floor = scale.floor(before, tolerance) if tolerance is not None and before is not None else None
         drawn["protection"] = figures.protection_curves(protection["checks"], floor, scale)
+    shown = read_exhibits(folder / "exhibits")
+    if shown:
+        drawn |= draw_exhibits(shown)
+        summary["exhibits"] = distances_table(shown)
     paths = {}
     for name, data in drawn.items():
         paths[name] = folder / "figures" / f"{name}.png"

@@ -1,0 +1,144 @@
+"""What an audit of a diffusion model shows beside its curves: strips, samples, the error at every noise level, and how
+far samples are from real images. One file a model, made once.
+
+The models are those of the paper's figures: protected and clean as released, and the three of them after its default
+attack with the audit's first seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from holdfast.attacks.attack import Attack
+from holdfast.cells import Bench, Meter, follow, prepare, start
+from holdfast.denoisers import Denoiser
+from holdfast.denoising import Denoising, fixed_noise, grid
+from holdfast.distances import NAMES, distance, inception_weights
+from holdfast.domains import Domain, ImageData
+from holdfast.files import write_atomic
+from holdfast.layers import evaluating
+from holdfast.losses import noise_error
+from holdfast.models import load_state
+from holdfast.progress import Reporter
+from holdfast.runtime import Runtime
+from holdfast.sampling import sample_images, strips
+
+SEED = 0  # of the audit: whose attack is shown
+SHOWN = 8  # images a strip
+STARTS = (22, 18, 14, 10, 5)  # steps of the sampler from which images are denoised: little noise to much
+SAMPLES = 128  # for the distance; the first of them are shown
+RELEASED = ("protected", "clean")
+ATTACKED = ("protected", "clean", "scratch")
+
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Show:
+    """What exhibits are made from. `decode`: from the model's normalisation to uint8 images (n, c, h, w)."""
+
+    bench: Bench
+    original: Domain | None
+    decode: Decode
+
+    @property
+    def domains(self) -> dict[str, ImageData]:
+        """The test data that are shown, by the domain's part in the run."""
+        found = {"restricted": self.bench.restricted.test}
+        return {**found, "original": self.original.test} if self.original else found
+
+
+def make_exhibits(show: Show, attack: Attack, folder: Path, reporter: Reporter) -> None:
+    """Write the exhibits that `folder` lacks."""
+    plan = [("released", m) for m in RELEASED] + [("attacked", m) for m in ATTACKED]
+    left = [(how, m) for how, m in plan if not path_of(folder, how, m).exists()]
+    if not left:
+        return
+    with reporter.bar("exhibits", len(plan), len(plan) - len(left)) as bar:
+        for how, name in left:
+            model = _model(show.bench, name, attack if how == "attacked" else None)
+            found = exhibit(model, show)
+            write_atomic(path_of(folder, how, name), safetensors.torch.save(found))
+            bar.advance(f"{name}, {how}")
+
+
+def path_of(folder: Path, how: str, model: str) -> Path:
+    """Where an exhibit lies."""
+    return folder / f"{how}-{model}.safetensors"
+
+
+def read_exhibits(folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """All exhibits of a folder, by (how, model); empty where there are none."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        how, _, model = file.stem.partition("-")
+        found[how, model] = safetensors.torch.load_file(file)
+    return found
+
+
+def _model(bench: Bench, name: str, attack: Attack | None) -> Denoiser:
+    """A model as released, or after the attack."""
+    if attack is None:
+        model: nn.Module = bench.runtime.place(bench.architecture.build(bench.head_classes))
+        load_state(model, bench.states[name])
+    else:
+        plain = replace(attack, search=None)
+        spec = plain.control() if name == "scratch" else plain
+        prepared = prepare(bench, name, spec, SEED)
+        model = start(bench, prepared, SEED)
+        follow(bench, Meter(prepared, spec, bench.runtime, ()), model, SEED, lambda *_: None)
+    if not isinstance(model, Denoiser):
+        raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+    return model.eval()
+
+
+def exhibit(model: Denoiser, show: Show) -> dict[str, Tensor]:
+    """One model's exhibit: for each domain `…/levels` (error at each level of the grid), `…/images`, `…/noisy`,
+    `…/denoised`; `samples`; `distance`, of samples to restricted test images."""
+    runtime, found = show.bench.runtime, {}
+    for name, data in show.domains.items():
+        found[f"{name}/levels"] = level_errors(model, data, runtime)
+        where = torch.arange(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
+        images, labels = data.batch(where, runtime)
+        noisy, clean = strips(model, images, labels, STARTS, runtime)
+        found[f"{name}/images"] = show.decode(images.cpu())
+        for what, pictures in (("noisy", noisy), ("denoised", clean)):
+            found[f"{name}/{what}"] = torch.stack([show.decode(p) for p in pictures])
+    data = show.bench.restricted.test
+    samples = show.decode(sample_images(model, SAMPLES, tuple(data.images.shape[1:]), runtime))
+    real = show.decode(data.batch(torch.arange(min(len(data), SAMPLES)), runtime)[0].cpu())
+    found["distance"] = torch.tensor(distance(samples, real))
+    found["inception"] = torch.tensor(inception_weights() is not None)
+    found["samples"] = samples[: SHOWN * 4]
+    return {n: v.contiguous() for n, v in found.items()}
+
+
+@torch.no_grad()
+def level_errors(model: Denoiser, data: ImageData, runtime: Runtime, most: int = 100) -> Tensor:
+    """The MSE at each level of the fixed grid, (20,) float32, over the same first `most` images at every level."""
+    chosen = torch.arange(0, len(data), max(1, len(data) // most))[:most]
+    images, labels = data.batch(chosen, runtime)
+    noise, errors = fixed_noise(0, images), []
+    known = labels if model.conditional else None
+    with evaluating(model), runtime.autocast():
+        for place in grid(len(model.reference)):
+            steps = model.at_level(torch.full((len(images),), place, device=images.device))
+            outputs = Denoising.compared(model, images, noise, steps, known, own=False)
+            errors.append(noise_error(outputs).mean())
+    return torch.stack(errors).cpu()
+
+
+def distances_table(exhibits: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The distance of samples to restricted images, by how and model, and its name."""
+    found: dict[str, dict[str, float]] = {}
+    for (how, model), parts in exhibits.items():
+        found.setdefault(how, {})[model] = float(parts["distance"])
+    known = all(bool(parts["inception"]) for parts in exhibits.values())
+    return {"distance": NAMES[known], "values": found}
