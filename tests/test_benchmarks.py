@@ -36,3 +36,9 @@ def test_peak_memory_is_measured_in_a_fresh_process() -> None:
     command = [sys.executable, str(FOLDER / "simulation.py"), "--peak", "small_conv", "loop", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert 0 < json.loads(done.stdout.strip().splitlines()[-1]) < 2000
+
+
+def test_failures_of_a_suppression_loss_by_hand() -> None:
+    """Two that are not finite; 1 → 0.05 and back are jumps, 0.05 → 0.001 is none: both are small."""
+    values = [1.0, 0.05, 1.0, 0.9, float("nan"), 0.8, float("inf"), 0.05, 0.001]
+    assert load("stability").failures(values) == {"not finite": 2, "jumps": 2}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning, Initialise
-from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, run_guarded
+from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, check_tolerance, run_guarded
 from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
@@ -252,8 +252,8 @@ class Guarded:
 
 
 def require_tolerance(spec: Guarded) -> None:
-    """`UserError` for a tolerance outside [0, 1)."""
-    require(0 <= spec.tolerance < 1, f"tolerance must lie in [0, 1), but got {spec.tolerance}")
+    """`UserError` for a tolerance outside [0, 10⁶]."""
+    check_tolerance(spec.tolerance)
 
 
 def require_positive(spec: object, *names: str) -> None:
