@@ -53,6 +53,11 @@ class Bundle:
         }
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a pipeline of diffusers with a U-Net."""
+    return (folder / "model_index.json").is_file() and find_weights(folder).is_file()
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a whole bundle."""
     return (folder / CONFIG).is_file() and find_weights(folder).is_file()
@@ -65,7 +70,7 @@ def read_weights(path: str, architecture: Architecture) -> State:
         return load_bundle(folder, architecture).state
     file = find_weights(folder) if folder.is_dir() else folder
     require(
-        not folder.is_dir() or (file.is_file() and (folder / "model_index.json").is_file()),
+        not folder.is_dir() or is_pipeline(folder),
         f"{folder} is no whole bundle (expected {CONFIG} and {packaging(architecture).weights}); for weights alone, "
         "name the file",
     )

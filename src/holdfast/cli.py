@@ -14,13 +14,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from holdfast.bundle import is_bundle, load_bundle
+from holdfast.bundle import is_bundle, is_pipeline, load_bundle
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
 from holdfast.listing import LISTS, listing
 from holdfast.pipeline import Run
+from holdfast.pipelines import SCHEME
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, load_recipe, parse_recipe
 
@@ -156,12 +157,17 @@ def audit(
     ] = None,
     protected: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Somebody's protected weights: safetensors, state dict, or bundle folder."),
+        typer.Option(
+            metavar="PATH", help="Somebody's protected weights: safetensors, state dict, bundle or pipeline folder."
+        ),
     ] = None,
     clean: Annotated[str | None, typer.Option(metavar="PATH", help="Its weights before protection.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Their model: small_conv, a timm name, module:factory; a bundle knows."),
+        typer.Option(
+            metavar="NAME",
+            help="Their model: small_conv, unet2d, a timm name, module:factory; a bundle or pipeline knows.",
+        ),
     ] = None,
     original: Annotated[
         str | None, typer.Option(metavar="DATA", help="Original domain, such as cifar10[0-4]; for intactness.")
@@ -204,8 +210,10 @@ def audit(
 
 
 def _model_of(*paths: str | None) -> dict[str, Any]:
-    """The `model` section that a bundle among `paths` knows; empty where none is a bundle."""
+    """The `model` section that a bundle or a pipeline of diffusers among `paths` knows; empty where none is one."""
     for path in paths:
+        if path is not None and is_pipeline(Path(path).expanduser()) and not is_bundle(Path(path)):
+            return {"name": f"{SCHEME}{path}"}
         if path is not None and is_bundle(Path(path)):
             arch = load_bundle(Path(path)).architecture
             return {n: getattr(arch, n) for n in ("name", "size", "channels", "mean", "std", "options")}

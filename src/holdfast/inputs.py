@@ -26,7 +26,7 @@ from holdfast.recipes import Recipe
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive
 from holdfast.tasks import Task
-from holdfast.tasktable import TASKS
+from holdfast.tasktable import TASKS, task_for
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Inputs:
     @cached_property
     def task(self) -> Task:
         """What the model is for."""
-        return TASKS[self.recipe.task]
+        return TASKS[self.recipe.task or task_for(self.architecture)]
 
     @cached_property
     def _pixels(self) -> dict[DomainSpec, Domain]:
@@ -224,8 +224,9 @@ class Inputs:
             return self.original.classes
         state = read_weights(self.weights or "", self.architecture)
         classes = len(self.restricted.classes)
-        head = self.architecture.head(self.architecture.build(classes), classes)[-1]
-        rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else classes
+        heads = self.architecture.head(self.architecture.build(classes), classes)
+        table = state.get(f"{heads[-1]}.weight") if heads else None
+        rows = classes if table is None else len(table)
         return tuple(map(str, range(rows)))
 
     def identity(self) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def listing(what: str) -> dict[str, str]:
 
     return {
         "small_conv": "four convolutions, for work on a CPU",
+        "unet2d": "a diffusion model: diffusers' UNet2DModel, small by default",
+        "diffusers:FOLDER": "a pipeline of diffusers, or HUB/NAME",
         "module:factory": "your own: factory(classes) -> nn.Module",
         **dict.fromkeys(timm.list_models(), "timm"),
     }

@@ -49,17 +49,18 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `task`: classification or denoising (diffusion models). `weights`: a file or bundle folder to start
-    from, `timm` for timm's published weights, `diffusers` for those of a checkpoint `diffusers:…`, or None to pre-train
-    from scratch on the original domain; with `timm`, `pretrain` fine-tunes them to it. `self_supervised`: pre-train
-    without labels. `benign`: a third domain, to which fine-tuning should stay possible."""
+    """A whole run. `task`: classification or denoising (diffusion models); None for what the model is made for.
+    `weights`: a file or bundle folder to start from, `timm` for timm's published weights, `diffusers` for those of a
+    checkpoint `diffusers:…`, or None to pre-train from scratch on the original domain; with `timm`, `pretrain`
+    fine-tunes them to it. `self_supervised`: pre-train without labels. `benign`: a third domain, to which fine-tuning
+    should stay possible."""
 
     original: DomainSpec
     restricted: DomainSpec
     benign: DomainSpec | None = None
     name: str = "run"
     description: str = ""
-    task: str = "classification"
+    task: str | None = None
     seed: int = 0
     model: Architecture = field(default_factory=Architecture)
     weights: str | None = None
@@ -71,7 +72,7 @@ class Recipe:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
+        if self.task is not None and self.task not in TASKS:
             raise unknown("task", self.task, TASKS)
         require(
             self.self_supervised is None or self.weights is None,

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from holdfast.denoisers import UNETS
 from holdfast.denoising import Denoising
+from holdfast.models import Architecture
 from holdfast.tasks import Classification, Task
 
 TASKS: Mapping[str, Task] = MappingProxyType({"classification": Classification(), "denoising": Denoising()})
+
+
+def task_for(architecture: Architecture) -> str:
+    """The name of the task that a model is made for."""
+    return "denoising" if architecture.name in UNETS else "classification"
