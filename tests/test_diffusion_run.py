@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from holdfast.defences.base import Given
+from holdfast.defences.registry import DEFENCES
 from holdfast.distances import distance
 from holdfast.errors import UserError
 from holdfast.exhibits import read_exhibits
+from holdfast.inputs import Inputs
 from holdfast.pipeline import run
 from holdfast.recipes import parse_recipe
 
@@ -168,3 +171,61 @@ def test_the_distance_tells_images_apart() -> None:
     assert 1e-3 < half < tenth
     with pytest.raises(UserError, match="at least 4 images"):
         distance(draws[:3], draws)
+
+
+class TestDefences:
+    def given(self) -> Given:
+        inputs = Inputs(parse_recipe(RECIPE))
+        return inputs.given(inputs.architecture.build(5, seed=2))
+
+    @pytest.mark.parametrize("name", [n for n in DEFENCES if n not in ("sophon", "identity")])
+    def test_those_that_need_labels_refuse_in_one_line(self, name) -> None:
+        with pytest.raises(UserError, match="needs labels; for the task denoising there are sophon, and ntp"):
+            DEFENCES[name]().check(self.given())
+
+    def test_sophon_says_that_there_is_no_head(self) -> None:
+        with pytest.raises(UserError, match=r"set defence.inner_initialise to \[keep\]"):
+            DEFENCES["sophon"]().check(self.given())
+
+    def test_pruning_without_labels(self) -> None:
+        """NTP with MMD on the lowest resolution's features: the mask holds, the restricted error is a loss."""
+        given = self.given()
+        spec = DEFENCES["ntp"](
+            regulariser="mmd", gamma=1.0, bound=1.0, sparsity=0.5, iterations=1, steps=2, retrain=1, batch_size=8,
+            probe_steps=1, tolerance=100.0, check_every=1,
+        )  # fmt: skip
+        engine = spec.prepare(given)
+        losses = [engine.iterate(i, 1.0) for i in (1, 2)]
+        assert losses[1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+        assert 0 < losses[0]["restricted loss"] < 3
+        assert -10 <= losses[0]["mmd"] <= 0, "minus MMD², by five kernels"
+
+
+def test_constant_memory_in_k() -> None:
+    """No graph outlives its inner step: the tensors that autograd keeps at K = 6 are those at K = 2."""
+    given = TestDefences().given()
+    kept = {steps: _most_saved(given, steps) for steps in (2, 6)}
+    assert kept[6] == kept[2] > 0
+
+
+def _most_saved(given: Given, steps: int) -> int:
+    alive: list[int] = []
+    most = 0
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal most
+            self.tensor = tensor
+            alive.append(1)
+            most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    spec = DEFENCES["sophon"](
+        inner_initialise=("keep",), adversaries=1, inner_steps=steps, inner_batch_size=(8,), ntr_batch_size=8
+    )
+    engine = spec.prepare(given)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        engine.suppress(1, 0, 1.0)
+    return most

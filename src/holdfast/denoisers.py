@@ -69,6 +69,10 @@ class Denoiser(nn.Module):
         """Whether the network is told the class."""
         return self.classes > 0
 
+    def feature_layer(self) -> str:
+        """Where features are taken that stand for an image: the lowest resolution's output."""
+        return "unet.mid_block"
+
     def head_layers(self) -> list[str]:
         """What depends on the number of classes: the table of class embeddings, where there is one."""
         return ["unet.class_embedding"] if self.conditional else []

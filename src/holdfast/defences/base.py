@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
+from holdfast.features import Tap
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, check_tolerance, run_guarded
 from holdfast.metrics import area, evaluation_steps
@@ -40,6 +41,12 @@ class Given:
     def head(self) -> list[str]:
         """Names of the model's head; `UserError` where it does not fit the original classes."""
         return self.architecture.head(self.model, len(self.original.classes))
+
+    def tap(self) -> Tap:
+        """The features that stand for an image: what goes into the head, or what comes out of the layer that the model
+        itself names by a method `feature_layer`."""
+        own = getattr(self.model, "feature_layer", None)
+        return Tap(self.model, own(), "output") if callable(own) else Tap(self.model, self.head()[0])
 
     def learner(self, classes: int | None = None) -> nn.Module:
         """A fresh model of the same architecture (default: for the restricted classes), on the device."""
@@ -166,7 +173,6 @@ class Guarded:
     tolerance: float
     check_every: int
     released: ClassVar[Select] = "last"
-    any_task: ClassVar[bool] = False  # whether it works with a task's loss alone; most need labels, logits and a head
     compiles: ClassVar[bool] = False  # whether it runs on a compiled network: not where it looks inside
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 
@@ -178,9 +184,12 @@ class Guarded:
         """Whether the defence trained against this strategy; most train against none."""
         return False
 
+    def suits(self, task: Task) -> bool:
+        """Whether the defence works with this task; most need labels, logits and a head."""
+        return task.labelled
+
     def check_head(self, heads: Sequence[str]) -> None:
         """`UserError` where the defence cannot work with this head, or with a model that has none."""
-        require(bool(heads), f"{type(self).__name__} needs a model with a head")
 
     def check_classes(self, original: int, restricted: int) -> None:
         """`UserError` where the defence cannot work with these numbers of classes; most can with any."""
@@ -193,9 +202,9 @@ class Guarded:
             "runtime.compile: false",
         )
         require(
-            self.any_task or given.task.labelled,
-            f"{type(self).__name__} suppresses classes and needs a classifier; for the task {given.task.name} there is "
-            "sophon",
+            self.suits(given.task),
+            f"{type(self).__name__} as it is set needs labels; for the task {given.task.name} there are sophon, and "
+            "ntp with regulariser mmd or none",
         )
         heads = given.head()
         self.check_head(heads)

@@ -21,11 +21,11 @@ from holdfast.defences.base import (
     require_tolerance,
 )
 from holdfast.errors import require
-from holdfast.features import Tap
 from holdfast.guard import Phase
 from holdfast.pruning import ADMM, BUDGETS, Mask, keep_largest, prunable, soft_threshold, sparsity
 from holdfast.seeding import seeded
 from holdfast.separation import fisher_ratio, mmd
+from holdfast.tasks import Task
 from holdfast.training import fit
 
 
@@ -88,6 +88,10 @@ class NTP(Guarded):
         require(0 <= self.sparsity < 1, f"sparsity must lie in [0, 1), but got {self.sparsity}")
         require_tolerance(self)
 
+    def suits(self, task: Task) -> bool:
+        """Only the Fisher ratio needs labels."""
+        return task.labelled or self.regulariser != "fisher"
+
     def check_classes(self, original: int, restricted: int) -> None:
         """One head serves both domains, where restricted images have a loss of their own."""
         require(
@@ -116,7 +120,7 @@ class _Engine(Engine):
         self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay, foreach=True)
         self.admm, self.mask = ADMM(self.weights(), spec.rho), Mask()
         self.states = {"adam": self.adam, "admm": self.admm, "mask": self.mask}
-        self.restricted_metric = Prober(given, spec.probe_steps)
+        self.restricted_metric = Prober(given, spec.probe_steps, initialise=("head",) if self.head else ("keep",))
 
     def weights(self) -> dict[str, Tensor]:
         """What is pruned."""
@@ -159,7 +163,7 @@ class _Engine(Engine):
             kept, features = given.task.loss(outputs, labels), tap.value
             images, others = next(theirs)
             with own_statistics(model), given.runtime.autocast():
-                answers = model(images)
+                answers = given.task.forward(model, images, others)
             term = self._regulariser(features, tap.value, others)
             # With α = 0 the head need not have the restricted classes.
             pushed = given.task.loss(answers, others) if spec.alpha else torch.zeros_like(kept)
@@ -167,9 +171,15 @@ class _Engine(Engine):
             found = ntp_loss(kept, pushed, term, spec, strength)
             return found if self.mask.kept else found + self.admm.penalty(weights)
 
-        with Tap(model, self.head[0]) as tap, seeded(given.seed, "ntp", iteration):
+        with given.tap() as tap, seeded(given.seed, "ntp", iteration):
             result = fit(
-                model, ours, loss, self.adam, runtime=given.runtime, after_step=lambda *_: self.mask.enforce(weights)
+                model,
+                ours,
+                loss,
+                self.adam,
+                runtime=given.runtime,
+                forward=given.task.forward,
+                after_step=lambda *_: self.mask.enforce(weights),
             )
         return {"ntp": math.nan if result.diverged_at else result.loss, **seen}
 

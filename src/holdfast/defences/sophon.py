@@ -17,6 +17,7 @@ from holdfast.guard import Select
 from holdfast.optimisers import OPTIMISERS
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
+from holdfast.tasks import Task
 from holdfast.training import fit
 
 
@@ -52,7 +53,6 @@ class Sophon(Guarded):
     check_every: int = 10  # iterations between checks of intactness; paper: not stated
     probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
     released: ClassVar[Select] = "lowest"
-    any_task: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -103,6 +103,10 @@ class Sophon(Guarded):
             and tuning.optimiser in self.inner_optimiser
             and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
         )
+
+    def suits(self, task: Task) -> bool:
+        """Any task has a loss and a suppression loss."""
+        return True
 
     def check_head(self, heads: Sequence[str]) -> None:
         """`UserError` where a simulated adversary would re-initialise a head that there is not."""
