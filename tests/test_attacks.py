@@ -59,7 +59,9 @@ class TestBatteries:
     def test_standard_has_every_edit_and_adaptive_all_of_standard(self) -> None:
         from holdfast.attacks.edits import EDITS
 
-        assert {e.name for a in battery("standard").attacks for e in a.edits} == set(EDITS) - {"none"}  # type: ignore[attr-defined]
+        used = {n: {e.name for a in battery(n).attacks for e in a.edits} for n in ("standard", "generation")}  # type: ignore[attr-defined]
+        assert used["standard"] | used["generation"] == set(EDITS)
+        assert used["generation"] - used["standard"] == {"another-schedule", "another-target"}
         assert battery("adaptive").attacks[: len(battery("standard").attacks)] == battery("standard").attacks
         assert all(a.informed for a in battery("adaptive").attacks[len(battery("standard").attacks) :])
         tunings = [a.tuning for a in battery("standard").attacks]

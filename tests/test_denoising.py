@@ -12,7 +12,9 @@ from holdfast.averaging import WeightAverage
 from holdfast.bundle import Bundle, read_weights
 from holdfast.denoisers import Denoiser
 from holdfast.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
+from holdfast.domains import ImageData
 from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
 from holdfast.losses import denial_of_service, inverse_mse, noise_error
 from holdfast.models import Architecture, load_state, state_of
 from holdfast.pipeline import load_model
@@ -245,6 +247,20 @@ class TestEdits:
         assert AnotherTarget().setting(
             self.released(scheduler={"prediction_type": "v_prediction"}).build(Runtime())
         ) == {"prediction_type": "epsilon"}
+
+    @pytest.mark.parametrize("edit", [AnotherSchedule(), AnotherTarget()])
+    def test_they_compose_with_any_tuning(self, edit, runtime) -> None:
+        after = edit.apply(self.released(), None)
+        data = ImageData(
+            torch.zeros(6, 1, 8, 8, dtype=torch.uint8),
+            torch.zeros(6, dtype=torch.int64),
+            after.architecture.preprocessing,
+        )
+        for tuning in (FineTuning("keep", steps=2), FineTuning("keep", "lora", steps=2), FineTuning("last-k", steps=2)):
+            model = runtime.place(after.build(runtime))
+            tuning.initialise_from(model, after.state, after.architecture, 1, 1)
+            result = tuning.run(model, data, Denoising(), after.architecture, 1, runtime=runtime, seed=1)
+            assert result.diverged_at is None
 
     def test_a_classifier_has_neither(self) -> None:
         architecture = Architecture("small_conv", 8, 1)

@@ -315,6 +315,9 @@ class TestTable:
         given = released(architecture)
         given.state["3.weight"][:2] = 0
         edit = EDITS[name]()
+        if name in ("another-schedule", "another-target"):  # see test_denoising
+            assert edit.obstacle(given) == "not a diffusion model"
+            return
         assert edit.obstacle(given) is None
         before = {n: v.clone() for n, v in given.state.items()}
         after = edit.apply(given, means)

@@ -3,6 +3,7 @@ else in those of a network of random weights."""
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def distance(samples: Tensor, real: Tensor) -> float:
     require(count >= 4, f"a distance needs at least 4 images on both sides, but got {len(samples)} and {len(real)}")
     feature: Any = 2048 if inception_weights() else RandomFeatures()
     with seeded(0, "kid"):
-        metric = KernelInceptionDistance(feature=feature, subsets=20, subset_size=count // 2)
+        with warnings.catch_warnings():  # that features are kept in memory: a few hundred
+            warnings.simplefilter("ignore")
+            metric = KernelInceptionDistance(feature=feature, subsets=20, subset_size=count // 2)
         metric.update(_colour(real), real=True)
         metric.update(_colour(samples), real=False)
         mean, _ = metric.compute()

@@ -132,7 +132,7 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
         gap = sum(attack["difference"]) / len(attack["difference"])
         needs = ", ".join(attack["needs"]) or "weights only"
         cost = f" ({attack['cost']})" if attack["cost"] else ""
-        said.append(f"{attack['name']}: {scale.amount(gap)} over scratch, needs {needs}{cost}.")
+        said.append(f"{attack['name']}: {scale.amount(gap)} better than scratch, needs {needs}{cost}.")
     if len(ahead) > 5:
         said.append(f"{len(ahead) - 5} more attacks end above scratch beyond chance.")
     if not ahead:
