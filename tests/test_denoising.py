@@ -217,6 +217,16 @@ class TestPipelines:
         with torch.no_grad():
             torch.testing.assert_close(model(images, 3), saved(images, 3))
 
+    def test_a_conditional_checkpoint_has_the_domains_classes(self, tmp_path) -> None:
+        model = tiny(conditional=True)
+        diffusers.DDPMPipeline(model.unet, model.scheduler).save_pretrained(tmp_path / "theirs")
+        found = resolved(Architecture(f"diffusers:{tmp_path / 'theirs'}"))
+        assert [found.build(n).classes for n in (3, 5)] == [3, 5]
+        state = read_weights(str(tmp_path / "theirs"), found)
+        load_state(found.build(3), state)
+        with pytest.raises(UserError, match="does the number of classes agree"):
+            load_state(found.build(5), state)
+
     @pytest.mark.parametrize(
         ("wrong", "message"), [("", "no pipeline of diffusers"), ("missing", "pipeline not found")]
     )

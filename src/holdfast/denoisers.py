@@ -137,8 +137,8 @@ def build_denoiser(kind: str, options: Mapping[str, Any], size: int, channels: i
     if kind == "unet2d":
         settings = {**SMALL, **_blocks(settings), "sample_size": size, "in_channels": channels, **settings}
         settings.setdefault("out_channels", channels)
-        if options.get("conditional"):
-            settings["num_class_embeds"] = classes
+    if options.get("conditional") or settings.get("num_class_embeds"):
+        settings["num_class_embeds"] = classes
     settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if not n.startswith("_")}
     try:
         unet = getattr(diffusers, UNETS[kind])(**settings)

@@ -73,10 +73,10 @@ class Denoising:
     ) -> Tensor:
         """(n, 2, c, h, w): prediction and target at given timesteps, in the model's `own` terms or as noise."""
         noisy = model.diffuse(images, noise, steps)
-        predicted = model(noisy, steps, labels)
+        predicted = model(noisy, steps, labels).float()  # under autocast it is not
         if own:
-            return torch.stack([predicted, model.target(images, noise, steps).to(predicted.dtype)], 1)
-        return torch.stack([model.noise_of(predicted.float(), noisy, steps), noise], 1)
+            return torch.stack([predicted, model.target(images, noise, steps)], 1)
+        return torch.stack([model.noise_of(predicted, noisy, steps), noise], 1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """MSE, in float32 whatever the outputs are."""

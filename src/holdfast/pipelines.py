@@ -53,6 +53,7 @@ def resolved(architecture: Architecture) -> Architecture:
     )
     latent = (folder / "vae").is_dir()
     kept = {n: v for n, v in scheduler.items() if n in SCHEDULE}
+    kept["clip_sample"] = scheduler.get("clip_sample", not latent)  # latents have no bounds
     options = {
         "unet": {n: v for n, v in unet.items() if n[0] != "_"},
         "scheduler": kept,
