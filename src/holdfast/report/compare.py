@@ -179,7 +179,7 @@ def _beneficial(rows: Mapping[str, Mapping[str, Any]], scale: Scale) -> bytes:
     axes.axhline(scale.plotted(before), color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
     axes.tick_params(axis="x", rotation=30 if len(rows) > 6 else 0)
     axes.set_ylabel(f"original {scale.titled}")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper right", fontsize=8, frameon=False)
     return png(figure)
 
 
@@ -205,5 +205,5 @@ def _malicious(found: Summaries, attack: str) -> bytes:
     metric_axis(axes, scale, "restricted")
     axes.set_xlabel("attacker's steps")
     axes.set_title(attack, fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=1 + len(lines) // 10)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return png(figure)
