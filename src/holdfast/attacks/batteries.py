@@ -72,6 +72,12 @@ def _swept(strategy: str, optimiser: str, **changes: Any) -> Attack:
     return _attack(strategy, f" · {optimiser} swept", **given)
 
 
+def _warmed(strategy: str) -> Attack:
+    return replace(
+        _swept(strategy, "adamw", schedule="cosine", warmup=10), name=f"{strategy} · adamw · warm-up · cosine · swept"
+    )
+
+
 def _edited(label: str, *edits: Any, strategy: str = "initFC+all", **changes: Any) -> Attack:
     tuned = _attack(strategy, "", *edits, **{**_ADAM, **changes})
     return replace(tuned, name=f"{label} → {strategy}")
@@ -110,16 +116,7 @@ _STANDARD = (
     *_TABLE_1,
     *(_swept("direct+all", o) for o in _OPTIMISERS),
     *(_swept("initFC+all", o) for o in _OPTIMISERS),
-    _attack(
-        "initFC+all",
-        " · adamw · warm-up · cosine · swept",
-        optimiser="adamw",
-        lr=1e-3,
-        weight_decay=DECAY["adamw"],
-        schedule="cosine",
-        warmup=10,
-        search=_SWEEP,
-    ),
+    _warmed("initFC+all"),
     _attack("direct+all", " · adam 1e-3", **_ADAM),
     _attack("direct+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
     _attack("initFC+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
@@ -199,16 +196,7 @@ _GENERATION_QUICK = (
 _GENERATION = (
     _attack("direct+all"),
     *(_swept("direct+all", o) for o in _OPTIMISERS),
-    _attack(
-        "direct+all",
-        " · adamw · warm-up · cosine · swept",
-        optimiser="adamw",
-        lr=1e-3,
-        weight_decay=DECAY["adamw"],
-        schedule="cosine",
-        warmup=10,
-        search=_SWEEP,
-    ),
+    _warmed("direct+all"),
     _attack("direct+all", " · adam 1e-3", **_ADAM),
     _attack("direct+all", " · adam 1e-3 · 4× budget", budget=4.0, **_ADAM),
     *(_attack("last-k+all", f" · last {k} · adam 1e-3", k=k, **_ADAM) for k in (2, 3)),

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
-from holdfast.attacks.released import WEIGHTS_ONLY, Means, Released, Restructured, described
+from holdfast.attacks.released import Means, Released, Restructured
+from holdfast.attacks.structure import StructureEdit
 from holdfast.denoisers import Denoiser
 from holdfast.errors import require
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
-class _Exchange:
+class _Exchange(StructureEdit):
     """What both have in common: the weights stay, and whoever trains from scratch is free to choose the same."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-    needs: ClassVar[str] = WEIGHTS_ONLY
-    revives: ClassVar[bool] = False
     fresh: ClassVar[bool] = True
-
-    def summary(self) -> str:
-        """One line."""
-        return described(self)
 
     def setting(self, model: Denoiser) -> dict[str, str]:
         """What changes in the scheduler's configuration; nothing where the model has it already."""

@@ -18,7 +18,7 @@ from holdfast.layers import WEIGHT_LAYERS, executed_layers
 from holdfast.models import Architecture, State, load_state
 
 
-class _Structure:
+class StructureEdit:
     """What edits of structure have in common."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -32,7 +32,7 @@ class _Structure:
 
 
 @dataclass(frozen=True)
-class FoldBatchNorm(_Structure):
+class FoldBatchNorm(StructureEdit):
     """Fold every batch normalisation into the convolution before it; same function, and no statistics any more."""
 
     name: Literal["fold-batchnorm"] = "fold-batchnorm"
@@ -97,7 +97,7 @@ def _folds(released: Released) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class LeakyActivations(_Structure):
+class LeakyActivations(StructureEdit):
     """Swap every ReLU for a leaky one, so that a dead unit has a gradient again."""
 
     slope: float = 0.1
@@ -131,7 +131,7 @@ class _Leaky:
 
 
 @dataclass(frozen=True)
-class EarlierLayer(_Structure):
+class EarlierLayer(StructureEdit):
     """Cut the model before one of its last weight layers, and put a new linear head there."""
 
     k: int = 2  # features are the input of the k-th last weight layer; 1 is the usual head
