@@ -54,7 +54,7 @@ def saved(state: State, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("battery", sorted(BATTERIES.keys() - {"own"}))
+@pytest.mark.parametrize("battery", [n for n in sorted(BATTERIES) if n != "own" and not n.startswith("generation")])
 def test_the_identity_is_failed_by_every_battery(battery: str, clean_state: State, tmp_path: Path) -> None:
     weights = saved(clean_state, tmp_path / "clean.safetensors")
     found = run(recipe(weights, True, battery=battery), tmp_path / "run", quiet=True)

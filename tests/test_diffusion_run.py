@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ RECIPE = {
     },
     "runtime": {"jobs": 1, "precision": "float32", "device": "cpu", "threads": 1},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.exhibits.SAMPLES", 8)
+        patch.setattr("holdfast.exhibits.STARTS", (23, 20))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,22 @@ def test_a_latent_model_from_folder_to_folder(tmp_path) -> None:
     assert all((bundle / n).read_text() == (source / n).read_text() for n in (scheduler, index)), "all else is theirs"
 
 
+def test_the_identity_is_failed(done, tmp_path) -> None:
+    """The negative control: the unprotected model under an attack that trains it."""
+    attack = {"name": "adam", "tuning": {"batch_size": 8, "optimiser": "adam", "lr": 2e-3}}
+    recipe = {
+        **RECIPE,
+        "weights": str(done / "clean"),
+        "defence": "identity",
+        "audit": {**RECIPE["audit"], "steps": 10, "attacks": [attack]},
+    }
+    found = run(parse_recipe(recipe), tmp_path / "run", quiet=True)
+    worst = found["restricted"]["worst_case"]
+    assert found["verdict"] == "failed"
+    assert worst["protected"]["final"] == worst["clean"]["final"] > worst["scratch"]["final"]
+    assert found["intactness"]["ratio"] == 1
+
+
 def test_exhibits(done) -> None:
     """Five models; the error at each level is the task's own, averaged; nothing is made a second time."""
     files = sorted((done / "exhibits").iterdir())
@@ -151,7 +176,7 @@ def test_exhibits(done) -> None:
     shown = read_exhibits(done / "exhibits")
     first = shown["released", "clean"]
     assert first["restricted/levels"].shape == (20,)
-    assert first["restricted/noisy"].shape == first["restricted/denoised"].shape == (5, 8, 1, 8, 8)
+    assert first["restricted/noisy"].shape == first["restricted/denoised"].shape == (2, 8, 1, 8, 8)
     torch.testing.assert_close(first["original/noisy"], shown["released", "protected"]["original/noisy"])
     assert {p.name for p in (done / "figures").glob("s*.png")} >= {
         "strips-restricted.png", "strips-original.png", "samples.png"

@@ -128,7 +128,7 @@ class TestContract:
         for name in ("report.md", "report.html"):
             text = (finished / name).read_text()
             assert "Resisting that attack alone shows little" in text
-            assert "below both controls" in text
+            assert "worse than both controls" in text
             assert "not held: " in text
 
     def test_the_bundle_loads_and_is_the_protected_model(self, finished: Path) -> None:
