@@ -325,7 +325,7 @@ def test_a_real_timm_model(task, runtime) -> None:
     "bad",
     [
         {"alpha": 0},
-        {"tolerance": -0.1},
+        {"tolerance": 1},
         {"gamma": "some"},
         {"inner_lr": ()},
         {"inner_optimiser": ("adan",)},

@@ -217,7 +217,7 @@ class TestDefences:
         given = self.given()
         spec = DEFENCES["ntp"](
             regulariser="mmd", gamma=1.0, bound=1.0, sparsity=0.5, iterations=1, steps=2, retrain=1, batch_size=8,
-            probe_steps=1, tolerance=100.0, check_every=1,
+            probe_steps=1, tolerance=0.9, check_every=1,
         )  # fmt: skip
         engine = spec.prepare(given)
         losses = [engine.iterate(i, 1.0) for i in (1, 2)]

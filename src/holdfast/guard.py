@@ -42,14 +42,6 @@ Iterate = Callable[[int, float], Mapping[str, float]]
 Measure = Callable[[], float]
 
 
-MOST = 1e6  # as good as no constraint; of an accuracy 1 is
-
-
-def check_tolerance(tolerance: float) -> None:
-    """`UserError` for one below 0; an error may rise by more than its own size, an accuracy not."""
-    require(0 <= tolerance <= MOST, f"tolerance must lie in [0, {MOST:g}], but got {tolerance}")
-
-
 @dataclass(frozen=True)
 class Guard:
     """Constraint on intactness, checked every `every` iterations on original *validation* data.
@@ -71,7 +63,7 @@ class Guard:
     weakest: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_tolerance(self.tolerance)
+        require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
         require(self.every >= 1, f"check_every must be at least 1, but got {self.every}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -15,14 +16,14 @@ from holdfast.errors import require
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
-class _Exchange(StructureEdit):
+class _Exchange(StructureEdit, ABC):
     """What both have in common: the weights stay, and whoever trains from scratch is free to choose the same."""
 
     fresh: ClassVar[bool] = True
 
+    @abstractmethod
     def setting(self, model: Denoiser) -> dict[str, str]:
         """What changes in the scheduler's configuration; nothing where the model has it already."""
-        raise NotImplementedError
 
     def obstacle(self, released: Released) -> str | None:
         """Only for diffusion models that are not like that already."""

@@ -15,7 +15,7 @@ from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.finetuning import FineTuning, Initialise
-from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, check_tolerance, run_guarded
+from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, run_guarded
 from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
@@ -261,8 +261,8 @@ class Guarded:
 
 
 def require_tolerance(spec: Guarded) -> None:
-    """`UserError` for a tolerance outside [0, 10⁶]."""
-    check_tolerance(spec.tolerance)
+    """`UserError` for a tolerance outside [0, 1)."""
+    require(0 <= spec.tolerance < 1, f"tolerance must lie in [0, 1), but got {spec.tolerance}")
 
 
 def require_positive(spec: object, *names: str) -> None:
