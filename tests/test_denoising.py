@@ -10,15 +10,15 @@ from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
 from holdfast.attacks.released import Released
 from holdfast.averaging import WeightAverage
 from holdfast.bundle import Bundle, read_weights
-from holdfast.denoisers import Denoiser
-from holdfast.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
+from holdfast.diffusion.denoisers import Denoiser
+from holdfast.diffusion.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
+from holdfast.diffusion.pipelines import resolved
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.losses import denial_of_service, inverse_mse, noise_error
 from holdfast.models import Architecture, load_state, state_of
 from holdfast.pipeline import load_model
-from holdfast.pipelines import resolved
 from holdfast.runtime import Runtime
 from holdfast.tasks import Classification
 

@@ -11,9 +11,9 @@ import torch
 
 from holdfast.defences.base import Given
 from holdfast.defences.registry import DEFENCES
-from holdfast.distances import distance
+from holdfast.diffusion.distances import distance
+from holdfast.diffusion.exhibits import read_exhibits
 from holdfast.errors import UserError
-from holdfast.exhibits import read_exhibits
 from holdfast.inputs import Inputs
 from holdfast.pipeline import run
 from holdfast.recipes import parse_recipe
@@ -61,8 +61,8 @@ RECIPE = {
 @pytest.fixture(scope="module", autouse=True)
 def _few_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.exhibits.SAMPLES", 8)
-        patch.setattr("holdfast.exhibits.STARTS", (23, 20))
+        patch.setattr("holdfast.diffusion.exhibits.SAMPLES", 8)
+        patch.setattr("holdfast.diffusion.exhibits.STARTS", (23, 20))
         yield
 
 

@@ -16,12 +16,12 @@ import typer
 
 from holdfast.bundle import is_bundle, is_pipeline, load_bundle
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
+from holdfast.diffusion.pipelines import SCHEME
 from holdfast.errors import UserError, one_line, require, unknown
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
 from holdfast.listing import LISTS, listing
 from holdfast.pipeline import Run
-from holdfast.pipelines import SCHEME
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, load_recipe, parse_recipe
 

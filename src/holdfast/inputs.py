@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from holdfast import models, pipelines
+from holdfast import models
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import read_weights
 from holdfast.cells import Bench, Ground
 from holdfast.defences.base import Given
+from holdfast.diffusion import pipelines
 from holdfast.domains import Domain, DomainSpec, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from holdfast.denoisers import UNETS, build_denoiser
+from holdfast.diffusion.denoisers import UNETS, build_denoiser
 from holdfast.errors import UserError, one_line, require
 from holdfast.files import load_torch, write_atomic
 from holdfast.layers import find_head
@@ -56,7 +56,7 @@ class SmallConvNet(nn.Sequential):
 class Architecture:
     """How to build a model anew, and the input it takes.
 
-    `name`: `small_conv`, any timm model, `unet2d` or `unet2d_condition` (diffusion; see `denoisers.build_denoiser`), or
+    `name`: `small_conv`, any timm model, `unet2d` or `unet2d_condition` (see `diffusion/denoisers.py`), or
     `module:factory` for your own (`factory(classes) -> nn.Module`; it must be importable). `options` go to the
     constructor. From Python, `factory` takes a callable directly.
     """

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from holdfast.denoisers import UNETS, Denoiser
+from holdfast.diffusion.denoisers import UNETS, Denoiser
 from holdfast.files import read_json, write_json
 from holdfast.models import Architecture, State
 

@@ -26,9 +26,9 @@ from holdfast.audit import (
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
+from holdfast.diffusion.exhibits import Show, make_exhibits
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
-from holdfast.exhibits import Show, make_exhibits
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Workplace

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast import losses
-from holdfast.denoisers import Denoiser
+from holdfast.diffusion.denoisers import Denoiser
 from holdfast.errors import require, unknown
 from holdfast.scales import ACCURACY, Scale
 

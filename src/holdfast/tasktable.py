@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from holdfast.denoisers import UNETS
-from holdfast.denoising import Denoising
+from holdfast.diffusion.denoisers import UNETS
+from holdfast.diffusion.denoising import Denoising
 from holdfast.models import Architecture
 from holdfast.tasks import Classification, Task
 

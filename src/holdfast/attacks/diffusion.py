@@ -10,7 +10,7 @@ from torch import nn
 
 from holdfast.attacks.released import Means, Released, Restructured
 from holdfast.attacks.structure import StructureEdit
-from holdfast.denoisers import Denoiser
+from holdfast.diffusion.denoisers import Denoiser
 from holdfast.errors import require
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from holdfast.denoising import grid
-from holdfast.exhibits import ATTACKED, RELEASED
+from holdfast.diffusion.denoising import grid
+from holdfast.diffusion.exhibits import ATTACKED, RELEASED
 from holdfast.report.figures import LABELS, STYLE, png
 
 Exhibits = Mapping[tuple[str, str], Mapping[str, Tensor]]

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 
 from holdfast.audit import AuditFiles
+from holdfast.diffusion.exhibits import distances_table, read_exhibits
 from holdfast.errors import UserError, require
-from holdfast.exhibits import distances_table, read_exhibits
 from holdfast.files import read_json, write_atomic, write_json
 from holdfast.measured import measured
 from holdfast.records import Record, RecordFile, SearchRecord

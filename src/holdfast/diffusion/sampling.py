@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.denoisers import Denoiser, import_diffusers
+from holdfast.diffusion.denoisers import Denoiser, import_diffusers
 from holdfast.layers import evaluating
 from holdfast.runtime import Runtime
 from holdfast.seeding import generator

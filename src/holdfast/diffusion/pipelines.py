@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.denoisers import UNETS, import_diffusers
+from holdfast.diffusion.denoisers import UNETS, import_diffusers
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError, one_line, require
 from holdfast.files import read_json

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import losses
-from holdfast.denoisers import Denoiser
+from holdfast.diffusion.denoisers import Denoiser
 from holdfast.errors import UserError
 from holdfast.scales import MSE, Scale
 from holdfast.seeding import generator

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from holdfast.attacks.attack import Attack
 from holdfast.cells import Bench, Meter, follow, prepare, start
-from holdfast.denoisers import Denoiser
-from holdfast.denoising import Denoising, fixed_noise, grid
-from holdfast.distances import NAMES, distance, inception_weights
+from holdfast.diffusion.denoisers import Denoiser
+from holdfast.diffusion.denoising import Denoising, fixed_noise, grid
+from holdfast.diffusion.distances import NAMES, distance, inception_weights
+from holdfast.diffusion.sampling import sample_images, strips
 from holdfast.domains import Domain, ImageData
 from holdfast.files import write_atomic
 from holdfast.layers import evaluating
@@ -28,7 +29,6 @@ from holdfast.losses import noise_error
 from holdfast.models import load_state
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
-from holdfast.sampling import sample_images, strips
 
 SEED = 0  # of the audit: whose attack is shown
 SHOWN = 8  # images a strip
