@@ -61,7 +61,7 @@ class TestBatteries:
 
         used = {n: {e.name for a in battery(n).attacks for e in a.edits} for n in ("standard", "generation")}  # type: ignore[attr-defined]
         assert used["standard"] | used["generation"] == set(EDITS)
-        assert used["generation"] - used["standard"] == {"another-schedule", "another-target"}
+        assert used["generation"] - used["standard"] == {"another-schedule", "another-target", "prior-preservation"}
         assert battery("adaptive").attacks[: len(battery("standard").attacks)] == battery("standard").attacks
         assert all(a.informed for a in battery("adaptive").attacks[len(battery("standard").attacks) :])
         tunings = [a.tuning for a in battery("standard").attacks]

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from holdfast.attacks.batteries import battery
-from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
-from holdfast.attacks.released import Released
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget, PriorPreservation
+from holdfast.attacks.released import Means, Released
 from holdfast.averaging import WeightAverage
 from holdfast.bundle import Bundle, read_weights
 from holdfast.diffusion.denoisers import Denoiser
 from holdfast.diffusion.denoising import LEVELS, WORST, Denoising, fixed_noise, fixed_steps, grid
 from holdfast.diffusion.pipelines import resolved
+from holdfast.diffusion.sampling import sample_images
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
@@ -254,6 +255,8 @@ class TestEdits:
             assert torch.equal(model.reference, released.build(Runtime()).reference), "measured where it was"
             assert edited.state is released.state
         assert AnotherSchedule("linear").obstacle(released) == "the model has it already"
+        cosine = self.released(scheduler={"beta_schedule": "squaredcos_cap_v2"}).build(Runtime())
+        assert AnotherSchedule().setting(cosine) == {"beta_schedule": "linear"}, "none named: one that it has not"
         assert AnotherTarget().setting(
             self.released(scheduler={"prediction_type": "v_prediction"}).build(Runtime())
         ) == {"prediction_type": "epsilon"}
@@ -272,10 +275,27 @@ class TestEdits:
             result = tuning.run(model, data, Denoising(), after.architecture, 1, runtime=runtime, seed=1)
             assert result.diverged_at is None
 
-    def test_a_classifier_has_neither(self) -> None:
+    @pytest.mark.parametrize(("count", "least", "half"), [(3, 5, 5), (6, 2, 6)])
+    def test_prior_preservation_is_half_of_what_is_trained_on(self, count, least, half, runtime) -> None:
+        released = self.released()
+        images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8)
+        few = ImageData(images, torch.zeros(count, dtype=torch.int64), released.architecture.preprocessing)
+        means = Means(few, Denoising(), runtime, 1, 10)
+        assert PriorPreservation(least).apply(released, means).state is released.state
+        mixed = means.restricted
+        assert (len(mixed), mixed.images.dtype, mixed.labels.dtype) == (2 * half, torch.uint8, torch.int64)
+        assert torch.equal(mixed.images[:half], images[torch.arange(half) % count])
+        made = sample_images(released.build(runtime), half, (1, 8, 8), runtime)
+        assert torch.equal(mixed.images[half:], few.preprocessing.restore(made))
+        assert means.samples == 0
+        assert means.flops > 0
+        assert len(few) == count, "the attacker's own data are not touched"
+
+    def test_a_classifier_has_none_of_them(self) -> None:
         architecture = Architecture("small_conv", 8, 1)
         released = Released(architecture, state_of(architecture.build(3)), 3)
-        assert AnotherTarget().obstacle(released) == "not a diffusion model"
+        for edit in (AnotherTarget(), PriorPreservation()):
+            assert edit.obstacle(released) == "not a diffusion model"
 
     def test_what_needs_a_head_is_left_out(self) -> None:
         released = self.released()

@@ -91,10 +91,12 @@ class CellSpec:
 
 @dataclass
 class Prepared:
-    """A model at the start of its fine-tuning: edited, with the attacker's data, and what that has cost."""
+    """A model at the start of its fine-tuning: edited, with what it is trained on, and what that has cost. `images`:
+    how many of the restricted domain the attacker has; edits may have added others."""
 
     released: Released
     train: ImageData
+    images: int
     ground: Ground
     means: Means
 
@@ -120,7 +122,7 @@ def prepare(bench: Bench, model: str, attack: Attack, seed: int, benign: bool = 
         released = Released(bench.architecture, state_of(fresh), ground.classes)
     for edit in attack.edits:
         released = edit.apply(released, means)
-    return Prepared(released, train, ground, means)
+    return Prepared(released, means.restricted, len(train), ground, means)
 
 
 def fraction_of(data: ImageData, fraction: float, seed: int) -> ImageData:
@@ -209,7 +211,7 @@ def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
                         diverged=how == "diverged" or not math.isfinite(loss),
                         provenance=bench.provenance,
                         flops=meter.flops(step),
-                        images=len(prepared.train),
+                        images=prepared.images,
                         setting=spec.setting,
                         converged=how == "converged",
                         dead=meter.dead,

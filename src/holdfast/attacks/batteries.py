@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from holdfast.attacks.attack import Attack, Search
-from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget, PriorPreservation
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
@@ -203,6 +203,10 @@ _GENERATION = (
     _swept("direct+LoRA", "adam"),
     *(_attack("direct+all", f" · adam 1e-3 · {f:.0%} of data", fraction=f, **_ADAM) for f in _FEW),
     _attack("direct+LoRA", " · adam 1e-3 · 1% of data", fraction=0.01, **_ADAM),
+    *(
+        _edited(f"DreamBooth, {f:.0%} of data", PriorPreservation(), strategy="direct+all", fraction=f)
+        for f in _FEW[:2]
+    ),
     *(_attack("direct+all", f" · adam 1e-3 · averaged weights {d}", ema=d, **_ADAM) for d in (0.9, 0.99)),
     _edited("another noise schedule", AnotherSchedule(), strategy="direct+all"),
     _edited("another prediction target", AnotherTarget(), strategy="direct+all"),

@@ -7,7 +7,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget
+from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget, PriorPreservation
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Edit
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
@@ -30,6 +30,7 @@ EDITS: Mapping[str, type[Any]] = MappingProxyType(
         "distil": Distil,
         "another-schedule": AnotherSchedule,
         "another-target": AnotherTarget,
+        "prior-preservation": PriorPreservation,
     }
 )
 

@@ -69,6 +69,7 @@ class Means:
     """What the attacker has beside the weights: its restricted data, and perhaps some original data or a third domain.
 
     `steps`: the audit's budget, of which edits that train take a share. `samples`, `flops`: what those have spent.
+    An edit may add to `restricted` what the attack is then to train on.
     """
 
     restricted: ImageData

@@ -93,6 +93,10 @@ class LatentImages(Preprocessing):
         """float32 latents (n, c, h, w), as they are."""
         return images.float()
 
+    def restore(self, images: Tensor) -> Tensor:
+        """What `normalise` began with: latents."""
+        return images.float()
+
 
 def encoder(architecture: Architecture) -> Any | None:
     """The VAE in front of a latent U-Net, in evaluation mode; None for a U-Net on pixels."""
