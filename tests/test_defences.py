@@ -260,6 +260,37 @@ def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(
     assert len(engine.ntr.state_dict()["state"]) == len(list(model.parameters()))
 
 
+def test_a_joint_update_by_hand(clean_state, original, restricted, architecture, task, runtime) -> None:
+    """One Adam step at β on ∇L_NTR + strength · weight · ∇L_FTS, the latter clipped; twice where ℓ_NTR = 2."""
+    from holdfast.defences.sophon import _Engine
+    from holdfast.seeding import derive
+    from holdfast.simulation import Accumulator
+
+    spec = replace(QUICK_SOPHON, update="joint", weight=0.3, clip=0.1, ntr_loops=1)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    engine = _Engine(spec, given)
+    assert list(engine.states) == ["ntr"]
+    accumulator = Accumulator()
+    arguments = (engine.gammas, engine.suppression, accumulator, derive(0, "simulation", 1, 0, 0))
+    engine.simulator.simulate(model.state_dict(), spec.draw(0, 1, 0, 0), *arguments)
+    norm = torch.sqrt(sum((g**2).sum() for g in accumulator.sums.values())).item()
+    twin = architecture.build(5)
+    twin.load_state_dict(clean_state)
+    inputs, labels = next(iter(given.batches(original.train, spec.ntr_batch_size, "reinforce", 0, 1)))
+    task.loss(twin.train()(inputs), labels).backward()
+    losses = engine.iterate(1, 0.5)
+    assert set(losses) == {"fts", "ntr"}
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        g = q.grad
+        if name in accumulator.sums:
+            g = g + 0.5 * 0.3 * accumulator.sums[name] * min(1.0, 0.1 / norm)
+        expected = clean_state[name] - spec.beta * g / (g.abs() + 1e-8)
+        sure = g.abs() > 1e-6  # Adam's first step is a sign: of a gradient that is nearly 0, that of rounding
+        assert torch.allclose(p[sure], expected[sure], atol=2e-6), name
+
+
 def test_heads_and_classes_that_disagree_are_refused_before_any_work(
     clean_state, original, restricted, architecture, task, runtime
 ) -> None:
@@ -331,6 +362,8 @@ def test_a_real_timm_model(task, runtime) -> None:
         {"inner_optimiser": ("adan",)},
         {"clip": -1},
         {"inner_steps": 0},
+        {"update": "in turn"},
+        {"weight": 0.0},
         {"inner_initialise": ("scratch",)},
         {"held_out_fraction": 1.0},
     ],

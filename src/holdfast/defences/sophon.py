@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
 from holdfast.errors import require, unknown
@@ -20,6 +20,8 @@ from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
 from holdfast.tasks import Task
 from holdfast.training import fit
 
+UPDATES = ("alternating", "joint")
+
 
 @dataclass(frozen=True)
 class Sophon(Guarded):
@@ -28,6 +30,10 @@ class Sophon(Guarded):
     An iteration runs `fts_loops` loops of fine-tuning suppression (each: N simulated adversaries drawn from Φ, K inner
     steps each, one Adam step at α on the accumulated gradient) and `ntr_loops` steps of normal training reinforcement
     (Adam at β). Where the paper is silent the value of its published code is taken, and said so.
+
+    `update: joint` is ours: one Adam at β, on the gradient of L_NTR + `weight` · L_FTS. With an Adam each, both losses
+    push by the signs of what they want, and what they want against each other (a smaller answer everywhere, a larger
+    one everywhere) is all that happens; in the sum it cancels, and what is left tells the domains apart.
     """
 
     suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
@@ -47,6 +53,8 @@ class Sophon(Guarded):
     iterations: int = 800  # Iter; paper: 800
     alpha: float = 3e-4  # α; paper: 3e-4
     beta: float = 5e-4  # β; paper: 5e-4
+    update: str = "alternating"  # paper: FTS and NTR in turn, an Adam each (Algorithm 1); joint: ours
+    weight: float = 0.2  # joint: of the suppression gradient beside that of reinforcement; ours
     ntr_batch_size: int = 200  # paper: not stated
     clip: float | None = 0.5  # L2 norm of the suppression gradient; paper: not stated; published code: 0.5
     tolerance: float = 0.03  # λ of Eq. 1 as a share of the original metric; paper: 99.6 → 96.2 … 97.8 %, 0.034 … 0.018
@@ -60,6 +68,8 @@ class Sophon(Guarded):
         require_positive(self, "adversaries", "inner_steps", "fts_loops", "ntr_loops", "iterations")
         require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
         require_rates(self, "alpha", "beta")
+        require(self.update in UPDATES, f"update must be one of {', '.join(UPDATES)}, but got '{self.update}'")
+        require(self.weight > 0, f"weight must be positive, but got {self.weight}")
         for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
             require(bool(getattr(self, name)), f"{name} must not be empty")
         for value in self.inner_initialise:
@@ -130,7 +140,7 @@ class Sophon(Guarded):
 
 
 class _Engine(Engine):
-    """The moving parts of one protection: two Adams on the same parameters, a simulator, the measures."""
+    """The moving parts of one protection: two Adams on the same parameters (joint: one), simulator, measures."""
 
     def __init__(self, spec: Sophon, given: Given) -> None:
         self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
@@ -139,6 +149,10 @@ class _Engine(Engine):
         self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
         self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)
         self.states = {"fts": self.fts, "ntr": self.ntr}
+        self.pushes: list[Tensor] = []  # joint: the suppression gradient that reinforcement takes along
+        if spec.update == "joint":
+            self.states = {"ntr": self.ntr}
+            self.ntr.register_step_pre_hook(self._push)
         learner = given.learner()
         self.simulator = Simulator(
             learner,
@@ -160,7 +174,7 @@ class _Engine(Engine):
         )
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
-        """Lines 3–21 of Algorithm 1. `strength` scales α (the guard lowers it after a breach)."""
+        """Lines 3–21 of Algorithm 1. `strength` scales α, or the weight (the guard lowers it after a breach)."""
         suppressed = [self.suppress(iteration, loop, strength) for loop in range(self.spec.fts_loops)]
         return {"fts": suppressed[-1], "ntr": self.reinforce(iteration)}
 
@@ -187,11 +201,21 @@ class _Engine(Engine):
         accumulator.apply(self.model)
         if self.spec.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-        for group in self.fts.param_groups:
-            group["lr"] = self.spec.alpha * strength
-        self.fts.step()
-        self.fts.zero_grad(set_to_none=True)
+        if self.spec.update == "joint":
+            scale = self.spec.weight * strength / self.spec.fts_loops
+            found = [torch.zeros_like(p) if p.grad is None else p.grad * scale for p in self.model.parameters()]
+            self.pushes = [a + b for a, b in zip(self.pushes, found, strict=True)] if loop else found
+        else:
+            for group in self.fts.param_groups:
+                group["lr"] = self.spec.alpha * strength
+            self.fts.step()
+        self.model.zero_grad(set_to_none=True)
         return sum(losses) / len(losses)
+
+    def _push(self, *_: Any) -> None:
+        """Add the suppression gradient to that of reinforcement, before Adam's step."""
+        for parameter, push in zip(self.model.parameters(), self.pushes, strict=bool(self.pushes)):
+            parameter.grad = push.clone() if parameter.grad is None else parameter.grad + push
 
     def reinforce(self, iteration: int) -> float:
         """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
