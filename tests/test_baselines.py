@@ -236,6 +236,50 @@ class TestUNSIR:
         for name, value in model.state_dict().items():
             assert torch.equal(value, joint[name][:5] if name.startswith(engine.heads) else joint[name])
 
+    def test_noise_is_impaired_under_its_own_classs_label(
+        self, clean_state, original, restricted, architecture, task, runtime, monkeypatch
+    ) -> None:
+        """Noise image i of class c is painted 10·c + i; batches must say class 5 + c of each, once and no other."""
+        from holdfast.defences import unsir
+
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        spec = replace(QUICK_UNSIR, noise_copies=1)
+        engine = spec.engine(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+        with torch.no_grad():
+            for c, noise in enumerate(engine.noise):
+                for i in range(spec.noise_batch):
+                    noise.images[i] = 1000 + 10 * c + i
+        batches = []
+        fit = unsir.fit
+
+        def seen(model, given, *arguments, **others):
+            batches.extend(given)
+            return fit(model, given, *arguments, **others)
+
+        monkeypatch.setattr(unsir, "fit", seen)
+        first = 1 + sum(engine.plan[n] for n in ("learn", "noise"))
+        for i in range(first, first + engine.plan["impair"]):
+            engine.iterate(i, 1.0)
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        painted = images.flatten(1).mean(1).round().long() - 1000
+        noisy = painted > -500
+        assert sorted(painted[noisy].tolist()) == list(range(50))
+        assert torch.equal(labels[noisy], 5 + painted[noisy] // 10)
+        assert len(labels[~noisy]) == len(engine.retained)
+        assert labels[~noisy].max() < 5
+
+    def test_what_is_forgotten_is_on_record(
+        self, clean_state, original, restricted, architecture, task, runtime
+    ) -> None:
+        """The joint model's accuracy on the defender's restricted images: learned first, lost by impairing."""
+        _, history = protect(
+            replace(QUICK_UNSIR, learn_steps=60), clean_state, original, restricted, architecture, task, runtime
+        )
+        known = [c["joint restricted"] for c in history.checks if "joint restricted" in c]
+        assert max(known) > 0.9
+        assert known[-1] < max(known) - 0.2
+
     def test_the_noise_makes_the_model_wrong(
         self, clean_state, original, restricted, architecture, task, runtime
     ) -> None:
@@ -255,6 +299,33 @@ class TestSKD:
         teacher = torch.tensor([[0.0, 2.0]])
         assert distillation_loss(student, teacher, -100.0).item() == pytest.approx((1 + 1 + 10000) / 4)
         assert distillation_loss(student, teacher, -100.0, 0.5).item() == pytest.approx((1 + 0.5 * 10001) / 4)
+
+    def test_one_step_by_hand(self, clean_state, original, restricted, task, runtime) -> None:
+        """Original images regress to the teacher's activations, restricted ones to the target; −lr·sign of that."""
+        architecture = Architecture("small_conv", 8, 1, options={"width": 4, "norm": False, "hidden": 6})
+        model, twin = architecture.build(5, 3), architecture.build(5, 3)
+        given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        spec = SKD(target=-2.0, batch_size=10, zero_bias=False, lr=1e-3)
+        engine = spec.prepare(given)
+        (ours,) = given.batches(original.train, 10, "original", 0)
+        (theirs,) = given.batches(given.restricted, 10, "restricted", 0)
+        with torch.no_grad(), Tap(twin, engine.activation, "output") as taught:
+            twin(ours[0])
+        with Tap(twin, engine.activation) as tap:
+            twin(torch.cat([ours[0], theirs[0]]))
+        kept, pushed = tap.value[:10], tap.value[10:]
+        expected = ((kept - taught.value).square().sum() + (pushed + 2).square().sum()) / tap.value.numel()
+        expected.backward()
+        assert engine.iterate(1, 1.0)["skd"] == pytest.approx(expected.item(), rel=1e-4)
+        start = architecture.build(5, 3).state_dict()
+        for name, p in model.named_parameters():
+            gradient = twin.get_parameter(name).grad
+            if gradient is None:
+                assert torch.equal(p, start[name]), f"{name}: the head is not distilled"
+                continue
+            sure = gradient.abs() > 1e-4
+            step = (p.detach() - start[name])[sure]
+            assert torch.allclose(step, -spec.lr * gradient[sure].sign(), rtol=0.02), name
 
     def test_the_last_relu_and_what_feeds_it(self) -> None:
         model = Architecture("small_conv", 8, 1, options={"width": 4, "norm": False, "hidden": 6}).build(3)
@@ -394,6 +465,11 @@ class TestReverseMAML:
             found, loss = meta_gradient({"w": self.W}, self.SUPPORT, self.QUERY, quadratic, 0.1, 1, order)
             assert found["w"].tolist() == pytest.approx(expected), order
             assert loss.item() == pytest.approx(0.5 * 1.8**2 + 1.5 * 2.6**2)
+
+    def test_reptile_over_two_steps_is_their_mean(self) -> None:
+        """The inner gradients a(w − b) are (2, 4), then at (1.8, 3.6): (2·0.8, 3.6)."""
+        found, _ = meta_gradient({"w": self.W}, self.SUPPORT, self.QUERY, quadratic, 0.1, 2, "reptile")
+        assert found["w"].tolist() == pytest.approx([1.8, 3.8])
 
     def test_second_order_against_finite_differences(self) -> None:
         """Three inner steps through a small network in float64."""

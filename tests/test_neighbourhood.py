@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from holdfast.defences.base import Given
 from holdfast.defences.ntl import NTL
 from holdfast.errors import UserError
-from holdfast.neighbourhood import NOISE, Generator, Making, discriminator_loss, generator_loss, held_still, make_images
+from holdfast.neighbourhood import (
+    NOISE,
+    Generator,
+    Making,
+    discriminator_loss,
+    generator_loss,
+    held_still,
+    leaving_loss,
+    make_images,
+)
 from holdfast.preprocessing import Preprocessing
 from test_defences import protect
 
@@ -28,6 +39,25 @@ def test_losses_by_hand() -> None:
     real, made, labels = torch.ones(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.5), torch.tensor([0, 1, 2])
     assert discriminator_loss(Fixed(), real, labels, made).item() == pytest.approx(0.25 + 1.386294)
     assert generator_loss(Fixed(), made, labels).item() == pytest.approx(0.25 + 1.386294)
+
+
+class Body(Fixed):
+    """The same, with its features as a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Flatten()
+
+
+def test_leaving_is_rewarded_up_to_the_distance() -> None:
+    """One point each, images (0) and (2): five kernels of width 1 … 16, as in `mmd`; the classes' ln 4 on top."""
+    real, made, label = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0, requires_grad=True), torch.tensor([1])
+    apart = sum(2 - 2 * math.exp(-4 / w) for w in (1, 2, 4, 8, 16))
+    assert leaving_loss(Body(), real, made, label, 10.0).item() == pytest.approx(math.log(4) - apart, abs=1e-5)
+    near = leaving_loss(Body(), real, made, label, 0.3)
+    assert near.item() == pytest.approx(math.log(4) - 0.3)
+    (gradient,) = torch.autograd.grad(near, made)
+    assert gradient.item() == 0, "no further than that"
 
 
 def test_images_lie_in_the_domains_range() -> None:
@@ -71,6 +101,30 @@ def test_its_state_goes_back(original, runtime) -> None:
     making.load_state_dict(saved)
     assert len(making.images) == 0
     assert (making.learn(1), making.go(0.1, 0, 2, 2, 3)) == expected
+
+
+def test_copies_that_a_state_gone_back_to_lacks_are_made_anew(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    spec = NTL(iterations=2, gan_steps=2, distances=(0.1, 0.3), directions=2, leave_steps=2, generated=5)
+    spec = replace(spec, auxiliary="generated")
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    engine = spec.engine(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+    for i in range(1, 4):
+        engine.iterate(i, 1.0)
+    saved = copy.deepcopy(engine.making.state_dict())
+    for i in range(4, 7):
+        engine.iterate(i, 1.0)
+    whole = engine.making.images.clone()
+    assert len(whole) == 4 * 5 * 5
+    engine.making.load_state_dict(copy.deepcopy(saved))  # as the guard does where the loss was not finite
+    engine.iterate(6, 1.0)
+    assert torch.equal(engine.making.images, whole), "in the middle of making"
+    engine.making.load_state_dict(saved)
+    losses = engine.iterate(7, 1.0)
+    assert torch.equal(engine.making.images, whole), "after it"
+    assert all(math.isfinite(v) for v in losses.values())
 
 
 def test_source_only_never_looks_at_restricted_images(

@@ -20,6 +20,8 @@ def test_prunable_weights() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     assert prunable(model) == ["0.weight", "3.weight"]
     assert prunable(model, keep=("3",)) == ["0.weight"]
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2))
+    assert prunable(attention) == ["0.out_proj.weight", "0.in_proj_weight"]
 
 
 def test_sparsity_counts_exact_zeros() -> None:

@@ -78,6 +78,29 @@ class TestMMD:
         (gradient,) = torch.autograd.grad(mmd(first, second), second)
         assert mmd(first, second + 0.1 * gradient).item() > mmd(first, second).item()
 
+    def test_gradient(self) -> None:
+        """Finite differences of Σ_w E k(x, x′) + E k(y, y′) − 2·E k(x, y) at fixed widths: no gradient goes through
+        the bandwidth."""
+        first, second = torch.randn(4, 3).double(), torch.randn(3, 3).double().requires_grad_()
+        every = torch.cat([first, second]).detach()
+        width = torch.cdist(every, every).square().sum() / (49 - 7)
+
+        def at(moved: torch.Tensor) -> torch.Tensor:
+            def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                squares = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(2)
+                return sum(torch.exp(-squares / (width * 2.0**k)).mean() for k in range(-2, 3))
+
+            return kernel(first, first) + kernel(moved, moved) - 2 * kernel(first, moved)
+
+        value = mmd(first, second)
+        assert value.item() == pytest.approx(at(second.detach()).item(), abs=1e-5)
+        (gradient,) = torch.autograd.grad(value, second)
+        for i, j in ((0, 0), (1, 2), (2, 1)):
+            step = torch.zeros(3, 3).double()
+            step[i, j] = 1e-5
+            expected = (at(second.detach() + step) - at(second.detach() - step)) / 2e-5
+            assert gradient[i, j].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+
     def test_bad_values(self) -> None:
         with pytest.raises(UserError, match="kernels ≥ 1"):
             mmd(torch.zeros(2, 2), torch.zeros(2, 2), kernels=0)

@@ -18,9 +18,16 @@ PRUNED = 0.01  # share of exact zeros from which weights count as pruned
 
 
 def prunable(model: nn.Module, keep: tuple[str, ...] = ()) -> list[str]:
-    """Names of the weights of linear layers and convolutions; those of the layers in `keep` are left out."""
-    layers = [n for n, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS) and n not in keep]
-    return [f"{n}.weight" if n else "weight" for n in layers]
+    """Names of the weights of linear layers and convolutions, torch's attention among them (query, key and value are
+    one linear layer there); those of the layers in `keep` are left out."""
+    layers = [(n, m) for n, m in model.named_modules() if n not in keep]
+    linear = [f"{n}.weight" if n else "weight" for n, m in layers if isinstance(m, WEIGHT_LAYERS)]
+    attention = [
+        f"{n}.in_proj_weight" if n else "in_proj_weight"
+        for n, m in layers
+        if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None
+    ]
+    return linear + attention
 
 
 def sparsity(weights: Mapping[str, Tensor]) -> float:

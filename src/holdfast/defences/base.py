@@ -70,14 +70,14 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
     the statistics of a mixture; and the running statistics stay those of original images.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    before = [m.momentum for m in layers]
+    before = [m.track_running_stats for m in layers]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, before, strict=True):
-            layer.momentum = momentum
+        for layer, tracks in zip(layers, before, strict=True):
+            layer.track_running_stats = tracks
 
 
 class Prober:

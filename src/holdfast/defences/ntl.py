@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -117,12 +118,19 @@ class _Engine(Engine):
 
     def _make(self, iteration: int) -> Mapping[str, float]:
         """A step of the GAN, or a copy of its generator that leaves."""
-        spec, number = self.spec, iteration - 1 - self.spec.gan_steps
+        number = iteration - 1 - self.spec.gan_steps
         if number < 0:
             return self.making.learn(iteration - 1)
-        distance, direction = self.leaving[number]
-        away = self.making.go(distance, direction, spec.directions, spec.leave_steps, spec.generated)
-        return {"away": away}
+        return {"away": self._copies(number + 1)}
+
+    def _copies(self, wanted: int) -> float:
+        """Have the first `wanted` copies: a state that was gone back to lacks those made since. Returns the last one's
+        MMD to the domain; NaN where none was lacking."""
+        spec, away = self.spec, math.nan
+        there = len(self.making.labels) // (spec.generated * len(self.given.original.classes))
+        for distance, direction in self.leaving[there:wanted]:
+            away = self.making.go(distance, direction, spec.directions, spec.leave_steps, spec.generated)
+        return away
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """One step on a batch of each domain; see `own_statistics`."""
@@ -130,6 +138,8 @@ class _Engine(Engine):
             return self._make(iteration)
         spec, given, model = self.spec, self.given, self.given.model
         number = iteration - 1 - self.first
+        if self.first:
+            self._copies(len(self.leaving))
         other = self.making.result() if self.first else given.restricted
         ours = given.batches(given.original.train, spec.batch_size, "original", number)
         ((images, others),) = given.batches(other, spec.batch_size, "restricted", number)

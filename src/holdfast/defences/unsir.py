@@ -14,6 +14,7 @@ from holdfast.defences.base import Engine, Given, Guarded, Prober, require_posit
 from holdfast.domains import sample
 from holdfast.errors import require
 from holdfast.guard import Phase
+from holdfast.layers import evaluating
 from holdfast.models import load_state
 from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
@@ -133,7 +134,16 @@ class _Engine(Engine):
             loss = work(number)
         if stage != "noise":
             self._part()
-        return {stage: loss}
+        return {stage: loss} if stage == "noise" else {stage: loss, "joint restricted": self._known()}
+
+    @torch.no_grad()
+    def _known(self) -> float:
+        """The joint model's accuracy on up to 256 of the defender's restricted images: what is to be forgotten."""
+        given = self.given
+        images, labels = given.restricted.batch(torch.arange(min(256, len(given.restricted))), given.runtime)
+        with evaluating(self.joint), given.runtime.autocast():
+            outputs = self.joint(images)
+        return given.task.score(outputs, labels + self.kept).mean().item()
 
     def _learn(self, number: int) -> float:
         given, size = self.given, max(1, self.spec.batch_size // 2)
