@@ -13,6 +13,7 @@ from torch import nn
 from holdfast.defences.base import Given
 from holdfast.defences.ntl import NTL
 from holdfast.errors import UserError
+from holdfast.features import Tap
 from holdfast.neighbourhood import (
     NOISE,
     Generator,
@@ -24,6 +25,7 @@ from holdfast.neighbourhood import (
     make_images,
 )
 from holdfast.preprocessing import Preprocessing
+from holdfast.separation import mmd
 from test_defences import protect
 
 
@@ -101,6 +103,39 @@ def test_its_state_goes_back(original, runtime) -> None:
     making.load_state_dict(saved)
     assert len(making.images) == 0
     assert (making.learn(1), making.go(0.1, 0, 2, 2, 3)) == expected
+
+
+def test_one_step_of_supervised_ntl_by_hand(clean_state, original, restricted, architecture, task, runtime) -> None:
+    """Descent on original images, ascent on restricted ones, features of both apart; Adam's first step is −lr·sign."""
+    spec = NTL(batch_size=20, loss_scale=0.5, distance_scale=0.7, loss_bound=50.0, distance_bound=50.0)
+    model, twin = architecture.build(5), architecture.build(5)
+    for m in (model, twin):
+        m.load_state_dict(clean_state)
+        m.train()
+    given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    engine = spec.prepare(given)
+    (ours,) = given.batches(original.train, 20, "original", 0)
+    (theirs,) = given.batches(given.restricted, 20, "restricted", 0)
+    with Tap(twin, given.head()[0]) as tap:
+        kept = task.loss(twin(ours[0]), ours[1])
+        near = tap.value
+        statistics = {n: b.clone() for n, b in twin.named_buffers()}
+        pushed = task.loss(twin(theirs[0]), theirs[1])
+        apart = mmd(near, tap.value, spec.kernels, spec.factor)
+    total = kept - 0.8 * (0.5 * pushed) * (0.7 * apart)
+    total.backward()
+    losses = engine.iterate(1, 0.8)
+    assert losses == pytest.approx(
+        {"ntl": total.item(), "original loss": kept.item(), "restricted loss": pushed.item(), "mmd": apart.item()},
+        rel=1e-4,
+    )
+    for name, p in model.named_parameters():
+        gradient = twin.get_parameter(name).grad
+        sure = gradient.abs() > 1e-4
+        step = (p.detach() - clean_state[name])[sure]
+        assert torch.allclose(step, -spec.lr * gradient[sure].sign(), rtol=0.02), name
+    for name, b in model.named_buffers():
+        assert torch.allclose(b.float(), statistics[name].float(), atol=1e-6), "restricted images leave no trace"
 
 
 def test_copies_that_a_state_gone_back_to_lacks_are_made_anew(
