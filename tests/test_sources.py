@@ -149,6 +149,17 @@ def test_at_most_n_a_class_and_labels_from_zero(restricted) -> None:
     assert torch.bincount(domain.validation.labels).tolist() == [3] * 5
 
 
+def test_light_becomes_dark() -> None:
+    for data in ("digits[0-2]", "digits[0-1] + digits[2-3]"):
+        plain, inverted = (
+            load_domain(DomainSpec(data, per_class=20, test_per_class=5, invert=on), GREY) for on in (False, True)
+        )
+        for split in ("train", "validation", "test"):
+            before, after = getattr(plain, split), getattr(inverted, split)
+            assert torch.equal(before.images, 255 - after.images)
+            assert torch.equal(before.labels, after.labels)
+
+
 def test_the_splits_share_no_image(original) -> None:
     parts = [set(getattr(original, n).digests()) for n in ("train", "validation", "test")]
     assert not parts[0] & parts[1]

@@ -96,7 +96,7 @@ class DomainSpec:
     `per_class` / `test_per_class`: at most so many training (validation included) and test images a class.
     `validation_fraction`, `test_fraction`: what is split off the training data, stratified, where the source has no
     such split. `adversary`: how many images the adversary draws from its half, anew for every audit seed
-    (restricted domain only; default: all of the half).
+    (restricted domain only; default: all of the half). `invert`: light becomes dark (255 − x).
     """
 
     data: str
@@ -105,6 +105,7 @@ class DomainSpec:
     validation_fraction: float = 0.15
     test_fraction: float = 0.25
     adversary: int | None = None
+    invert: bool = False
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -154,6 +155,8 @@ def load_domain(spec: DomainSpec | str, preprocessing: Preprocessing, seed: int 
         "validation": _decode(validation or source.train, held["validation"], chosen, preprocessing),
         "test": _decode(test or source.train, held["test"], chosen, preprocessing),
     }
+    if spec.invert:
+        data = {n: replace(d, images=255 - d.images) for n, d in data.items()}
     checked, again = _without_duplicates(data["validation"], (data["test"],))
     kept, dropped = _without_duplicates(data["train"], (checked, data["test"]))
     names = tuple(source.classes[c] for c in chosen)
