@@ -291,6 +291,27 @@ def test_a_joint_update_by_hand(clean_state, original, restricted, architecture,
         assert torch.allclose(p[sure], expected[sure], atol=2e-6), name
 
 
+def test_the_repair_of_sophon(clean_state, original, restricted, architecture, task, runtime) -> None:
+    """The last 4 of 10 iterations: rates ½·(1 + cos π·k/4), k = 0 … 3, and only there a state can be released."""
+    from holdfast.defences.sophon import _Engine
+
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    spec = replace(QUICK_SOPHON, iterations=10, repair=0.4, inner_steps=1)
+    engine = _Engine(spec, given)
+    assert [engine.phase(i) for i in range(1, 11)] == ["free"] * 6 + ["candidate"] * 4
+    found = []
+    for i in range(5, 11):
+        engine.iterate(i, 0.5)
+        found.append((engine.fts.param_groups[0]["lr"], engine.ntr.param_groups[0]["lr"]))
+    rates = [1, 1, 1, 0.5 * (1 + 0.5**0.5), 0.5, 0.5 * (1 - 0.5**0.5)]
+    assert found == [pytest.approx((0.5 * spec.alpha * r, spec.beta * r)) for r in rates]
+    whole = _Engine(replace(spec, repair=0.0), given)
+    assert {whole.phase(i) for i in range(1, 11)} == {"candidate"}
+    assert {whole.rate(i) for i in range(1, 11)} == {1.0}
+
+
 def test_heads_and_classes_that_disagree_are_refused_before_any_work(
     clean_state, original, restricted, architecture, task, runtime
 ) -> None:
@@ -364,6 +385,7 @@ def test_a_real_timm_model(task, runtime) -> None:
         {"inner_steps": 0},
         {"update": "in turn"},
         {"weight": 0.0},
+        {"repair": 1.1},
         {"inner_initialise": ("scratch",)},
         {"held_out_fraction": 1.0},
     ],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
 from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning, Initialise
-from holdfast.guard import Select
+from holdfast.guard import Phase, Select
 from holdfast.optimisers import OPTIMISERS
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
@@ -34,6 +34,9 @@ class Sophon(Guarded):
     `update: joint` is ours: one Adam at β, on the gradient of L_NTR + `weight` · L_FTS. With an Adam each, both losses
     push by the signs of what they want, and what they want against each other (a smaller answer everywhere, a larger
     one everywhere) is all that happens; in the sum it cancels, and what is left tells the domains apart.
+
+    `repair` is ours: in the last share of the iterations the rates fall to zero along half a cosine, and only there
+    intactness is a constraint; before, it is recorded.
     """
 
     suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
@@ -55,6 +58,7 @@ class Sophon(Guarded):
     beta: float = 5e-4  # β; paper: 5e-4
     update: str = "alternating"  # paper: FTS and NTR in turn, an Adam each (Algorithm 1); joint: ours
     weight: float = 0.2  # joint: of the suppression gradient beside that of reinforcement; ours
+    repair: float = 0.0  # share of the iterations, at the end; ours. 0: constant rates, constrained all along
     ntr_batch_size: int = 200  # paper: not stated
     clip: float | None = 0.5  # L2 norm of the suppression gradient; paper: not stated; published code: 0.5
     tolerance: float = 0.03  # λ of Eq. 1 as a share of the original metric; paper: 99.6 → 96.2 … 97.8 %, 0.034 … 0.018
@@ -70,6 +74,7 @@ class Sophon(Guarded):
         require_rates(self, "alpha", "beta")
         require(self.update in UPDATES, f"update must be one of {', '.join(UPDATES)}, but got '{self.update}'")
         require(self.weight > 0, f"weight must be positive, but got {self.weight}")
+        require(0 <= self.repair <= 1, f"repair must lie in [0, 1], but got {self.repair}")
         for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
             require(bool(getattr(self, name)), f"{name} must not be empty")
         for value in self.inner_initialise:
@@ -145,6 +150,7 @@ class _Engine(Engine):
     def __init__(self, spec: Sophon, given: Given) -> None:
         self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
         self.length = spec.iterations
+        self.repairing = round(spec.repair * spec.iterations)
         parameters = list(given.model.parameters())
         self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
         self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)
@@ -172,6 +178,15 @@ class _Engine(Engine):
             spec.inner_initialise,
             learner,
         )
+
+    def phase(self, iteration: int) -> Phase:
+        """Before the repair, where there is one, intactness is only recorded."""
+        return "free" if self.repairing and iteration <= self.length - self.repairing else "candidate"
+
+    def rate(self, iteration: int) -> float:
+        """What the rates are multiplied with: 1, and in the repair ½·(1 + cos π·k/n), k = 0 … n − 1."""
+        into = iteration - 1 - (self.length - self.repairing)
+        return 0.5 * (1 + math.cos(math.pi * into / self.repairing)) if into > 0 else 1.0
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """Lines 3–21 of Algorithm 1. `strength` scales α, or the weight (the guard lowers it after a breach)."""
@@ -207,7 +222,7 @@ class _Engine(Engine):
             self.pushes = [a + b for a, b in zip(self.pushes, found, strict=True)] if loop else found
         else:
             for group in self.fts.param_groups:
-                group["lr"] = self.spec.alpha * strength
+                group["lr"] = self.spec.alpha * strength * self.rate(iteration)
             self.fts.step()
         self.model.zero_grad(set_to_none=True)
         return sum(losses) / len(losses)
@@ -220,6 +235,8 @@ class _Engine(Engine):
     def reinforce(self, iteration: int) -> float:
         """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
         given, count = self.given, self.spec.ntr_loops
+        for group in self.ntr.param_groups:
+            group["lr"] = self.spec.beta * self.rate(iteration)
         batches = given.batches(
             given.original.train, self.spec.ntr_batch_size, "reinforce", (iteration - 1) * count, count
         )
