@@ -37,6 +37,22 @@ def test_a_sound_audit_passes_them_all() -> None:
     assert failing(records(3, HELD)) == []
 
 
+def test_a_defence_that_found_nothing() -> None:
+    name = "the defence found a state to release"
+    assert failing(records(3, HELD), released=0) == [name]
+    assert failing(records(3, HELD), released=7) == []
+    s = summarise(records(3, HELD), 0.1, COST, (), {"released": 0})
+    s["protection"] = {"released": 0}
+    assert "is the model as it was." in " ".join(conclusion(s))
+
+
+def test_one_seed_cannot_tell() -> None:
+    s = summarise(records(1, curves(x=(0.9, 0.9, 0.3))), 0.1, COST)
+    said = " ".join(weaknesses(s, {}, "own-v1"))
+    assert "this audit cannot tell" in said
+    assert "The furthest ahead at the end is x: +60.0 points." in said
+
+
 def test_a_learning_rate_at_the_edge() -> None:
     name = "no best learning rate at the grid's edge"
     assert failing(records(3, HELD), [search("protected", 0.2, edge=True)]) == [name]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.comparison import presets_of
+from holdfast.defences.ntp import NTP
 from holdfast.defences.registry import Identity
 from holdfast.defences.sophon import Sophon
 from holdfast.errors import UserError
@@ -46,6 +47,24 @@ def test_presets_are_laid_over() -> None:
     assert parse_recipe(raw, "a").seed == 1
     with pytest.raises(UserError, match="unknown preset of recipe 'c'"):
         parse_recipe(raw, "c")
+
+
+def test_another_defence_takes_the_place_of_one() -> None:
+    """Its fields are not those of the one before; fields of the same one are laid over."""
+    raw = {"original": "digits[0-4]", "restricted": "digits[5-9]", "defence": {"name": "sophon", "alpha": 0.1}}
+    for changes in (["defence.name=ntp", "defence.rho=0.1"], ["defence=ntp", "defence.rho=0.1"]):
+        assert parse_recipe(raw, changes=changes).defence == NTP(rho=0.1)
+    assert parse_recipe(raw, changes=["defence.name=sophon", "defence.beta=0.2"]).defence == Sophon(alpha=0.1, beta=0.2)
+    raw["presets"] = {"a": {"defence": {"name": "ntp"}}, "b": {"defence": {"beta": 0.3}}}
+    assert parse_recipe(raw, "a").defence == NTP()
+    assert parse_recipe(raw, "b").defence == Sophon(alpha=0.1, beta=0.3)
+
+
+def test_what_was_meant() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'defence\.gamma'"):
+        parse_recipe({"original": "digits", "restricted": "digits"}, changes=["defence.name=ntp", "defence.gama=1"])
+    with pytest.raises(UserError, match="did you mean 'ntp/mnist-usps'"):
+        load_recipe("ntp/mnist-usp")
 
 
 def test_changes_do_not_reach_into_values() -> None:

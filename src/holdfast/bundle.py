@@ -135,8 +135,7 @@ def model_card(
         f"# {name}",
         "",
         f"`{arch.name}` for {len(bundle.classes)} classes ({', '.join(bundle.classes[:20])}), input "
-        f"{arch.channels}×{arch.size}×{arch.size}, protected with **{defence}** against fine-tuning to a restricted "
-        "domain.",
+        f"{arch.channels}×{arch.size}×{arch.size}, {_claim(bundle, defence)}",
         "",
         f"- Original domain: `{original}`",
         f"- Restricted domain: `{', '.join(restricted)}`",
@@ -157,6 +156,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _claim(bundle: Bundle, defence: str) -> str:
+    """What was done to the weights; `released` is 0 where the defence found nothing to release."""
+    if bundle.details.get("released") == 0:
+        return (
+            f"**not protected**: {defence} found no state within its tolerance on the original domain, and these are "
+            "the weights as they were."
+        )
+    return f"protected with **{defence}** against fine-tuning to a restricted domain."
 
 
 def _audit_lines(summary: Mapping[str, Any]) -> list[str]:

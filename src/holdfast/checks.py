@@ -47,6 +47,7 @@ class Evidence:
     foreign: bool = False  # somebody else's defence, of which nothing is known
     battery: str = ""
     scale: Scale = ACCURACY
+    released: int | None = None  # the iteration of the defence whose state was audited; 0: none, None: not known
 
     @property
     def seeds(self) -> int:
@@ -64,6 +65,7 @@ def run_checks(seen: Evidence) -> list[Check]:
         _order(seen),
         _seeds(seen),
         _intactness(seen),
+        _released(seen),
         _unseen(seen),
         _whole(seen),
         _battery(seen),
@@ -190,6 +192,16 @@ def _intactness(seen: Evidence) -> Check:
         seen.intactness,
         "on original test data" if seen.intactness else "no original domain was given",
     )
+
+
+def _released(seen: Evidence) -> Check:
+    if seen.released is None:
+        message = "what the defence released is not known"
+    elif seen.released:
+        message = f"that of iteration {seen.released}"
+    else:
+        message = "none within the tolerance on intactness was better: what was audited is the unprotected model"
+    return Check("the defence found a state to release", seen.released != 0, message)
 
 
 def _unseen(seen: Evidence) -> Check:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import yaml
 
 from holdfast.attacks.batteries import BATTERIES
 from holdfast.attacks.edits import EDITS
-from holdfast.defences.registry import DEFENCES
+from holdfast.defences.registry import DEFENCES, Identity
 from holdfast.recipes import list_recipes
 from holdfast.sources import known_names
 from holdfast.torchvision_sets import TORCHVISION
@@ -19,7 +20,7 @@ LISTS = ("defences", "attacks", "edits", "batteries", "domains", "models", "reci
 def listing(what: str) -> dict[str, str]:
     """Name → one line, of one of `LISTS`."""
     if what == "defences":
-        return {n: (c.__doc__ or "").strip().split("\n")[0] for n, c in DEFENCES.items()}
+        return {n: _first_line(c if c is Identity else sys.modules[c.__module__]) for n, c in DEFENCES.items()}
     if what == "batteries":
         return {n: f"v{b.version}, {len(b.attacks)} attacks: {b.summary}" for n, b in BATTERIES.items()}
     if what == "attacks":
@@ -45,6 +46,10 @@ def listing(what: str) -> dict[str, str]:
         "module:factory": "your own: factory(classes) -> nn.Module",
         **dict.fromkeys(timm.list_models(), "timm"),
     }
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().split("\n")[0]
 
 
 def _describe(path: Path) -> str:

@@ -43,6 +43,7 @@ from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads, threads
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 
+NOTHING_FOUND = "protect: no state within the tolerance was better than the model as it was, which is what is kept"
 NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean model's card
 
 
@@ -179,12 +180,16 @@ class Run:
             },
         )
         self.reporter.say(f"protect: done in {duration(seconds)}, {history.rollbacks} times gone back")
+        if history.released == 0:
+            self.reporter.say(NOTHING_FOUND)
         name, fields = given.recipe.defence_name, given.recipe.as_dict()["defence"]
         details = {
             "defence": fields,
             "original": public_name(given.original.name),
             "restricted": public_name(given.restricted.name),
         }
+        if history.released is not None:
+            details["released"] = history.released
         state = state_of(model)
         zeros = pruned(state)
         if zeros > PRUNED:  # the mask is in the weights: what is exactly zero

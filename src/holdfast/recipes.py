@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,7 +141,7 @@ def parse_recipe(
     try:
         built = TypeAdapter(cls).validate_python(defence)
     except ValidationError as error:
-        raise _explain(error, where, "defence") from None
+        raise _explain(error, where, "defence", [f.name for f in fields(cls)]) from None
     if isinstance(merged.get("pretrain"), Mapping):
         merged["pretrain"] = {**asdict(PRETRAIN), **merged["pretrain"]}
     try:
@@ -164,13 +165,20 @@ def choose_preset(raw: Mapping[str, Any], preset: str | None, where: str = "reci
 
 
 def overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, mapping by mapping."""
+    """`top` laid over `base`, mapping by mapping. Another defence takes the place of one: it has other fields."""
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if key == "defence" and isinstance(value, Mapping) and _another(base.get(key), value.get("name")):
+            base[key] = copy.deepcopy(dict(value))
+        elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
             base[key] = overlay(base[key], value)
         else:
             base[key] = copy.deepcopy(value)
     return base
+
+
+def _another(defence: Any, name: Any) -> bool:
+    """Whether `name` is that of another defence than the section's."""
+    return isinstance(defence, dict) and name is not None and name != defence.get("name", "sophon")
 
 
 def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -192,16 +200,22 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
                 inner = target[section] = {"name": inner}
             require(isinstance(inner, dict), f"--set {key}: '{section}' is a value, not a section")
             target = inner
+        if sections == ["defence"] and last == "name" and _another(target, value):
+            target.clear()
+        if not sections and last == "defence" and _another(raw.get(last), value):
+            value = {"name": value} if isinstance(value, str) else value
         target[last] = value
     return raw
 
 
-def _explain(error: Any, where: str, prefix: str = "") -> UserError:
-    """pydantic's first complaint as one line: the key, what was expected, what came."""
+def _explain(error: Any, where: str, prefix: str = "", valid: Sequence[str] = ()) -> UserError:
+    """pydantic's first complaint as one line: the key, what was expected, what came. `valid`: the section's keys."""
     first = error.errors()[0]
     key = ".".join([prefix, *(str(p) for p in first["loc"])]).strip(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if valid:
+            return UserError(f"{where}: {unknown('key', key, [f'{prefix}.{n}' for n in valid])}{more}")
         return UserError(f"{where}: unknown key '{key}'{more}; see docs/recipes.md for the valid keys")
     if first["type"] in ("missing", "missing_argument"):
         return UserError(f"{where}: '{key}' is missing{more}")
@@ -235,4 +249,6 @@ def find_recipe(source: str | Path) -> Path:
     name = str(source).removeprefix("recipes/").removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
-    raise UserError(f"recipe not found: {source}; expected a YAML file, or one of: {', '.join(sorted(shipped))}")
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    raise UserError(f"recipe not found: {source}{hint}; expected a YAML file, or one of: {', '.join(sorted(shipped))}")

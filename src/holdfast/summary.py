@@ -51,6 +51,7 @@ def summarise(
             bool(facts.get("foreign")),
             str(facts.get("battery", "")),
             scale,
+            facts.get("released"),
         )
     )
     return {

@@ -120,7 +120,7 @@ def protection_curves(checks: Sequence[Mapping[str, float]], floor: float | None
     ):
         points = [(c["iteration"], scale.plotted(c[key])) for c in checks if key in c]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6)
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6, **dot(points))
     breaches = [
         (c["iteration"], scale.plotted(c["original"])) for c in checks if c.get("rolled_back") and "original" in c
     ]
@@ -133,12 +133,18 @@ def protection_curves(checks: Sequence[Mapping[str, float]], floor: float | None
     axes.legend(loc="best", fontsize=8, frameon=False)
     for other in beside:
         for name in others:
-            other.plot(*zip(*((c["iteration"], c[name]) for c in checks if name in c), strict=True), label=name)
+            points = [(c["iteration"], c[name]) for c in checks if name in c]
+            other.plot(*zip(*points, strict=True), label=name, **dot(points))
         other.set_yscale("symlog", linthresh=1e-2)
         other.set_xlabel("iteration")
         other.legend(loc="best", fontsize=8, frameon=False)
         other.grid(alpha=0.25)
     return png(figure)
+
+
+def dot(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """A marker for what is but a point or two, and would not be seen as a line."""
+    return {"marker": "o", "markersize": 4} if len(points) < 3 else {}
 
 
 def png(figure: Figure) -> bytes:

@@ -88,7 +88,11 @@ def _heat(
                 text = scale.difference(float(value), 0)
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     figure.colorbar(
-        image, ax=axes, label=f"protected − scratch ({scale.unit})", shrink=min(1.0, 8 / max(1, len(rows)) + 0.3)
+        image,
+        ax=axes,
+        label=f"protected − scratch ({scale.unit})",
+        shrink=min(1.0, 8 / max(1, len(rows)) + 0.3),
+        format=lambda value, _: scale.difference(value, 0 if scale.unit == "points" else 2),
     )
     return png(figure)
 

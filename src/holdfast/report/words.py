@@ -63,6 +63,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     attacks = {a["name"]: a for a in restricted["attacks"]}
     said = [
         _explain(summary),
+        *_released(summary),
         *_intactness(summary["intactness"], scale),
         f"The attack that validation data choose, {worst['protected']['attack']}, takes the protected model to "
         f"{scale.shown(worst['protected']['final'])} on test data; their own choices take the clean model to "
@@ -135,7 +136,13 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
         said.append(f"{attack['name']}: {scale.amount(gap)} better than scratch, needs {needs}{cost}.")
     if len(ahead) > 5:
         said.append(f"{len(ahead) - 5} more attacks end above scratch beyond chance.")
-    if not ahead:
+    if not ahead and not any(a["interval"] for a in restricted["attacks"]):
+        best = max(restricted["attacks"], key=lambda a: a["difference"][0])
+        said.append(
+            f"One seed has no spread: whether an attack is above scratch beyond chance, this audit cannot tell. The "
+            f"furthest ahead at the end is {best['name']}: {scale.difference(best['difference'][0])} {scale.unit}."
+        )
+    elif not ahead:
         worst = restricted["worst_case"]
         level = worst["clean"]["final"] <= worst["scratch"]["final"] + scale.margin
         said.append(
@@ -149,7 +156,7 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
     if sooner:
         fastest = ", ".join(f"{a['name']} ({a['cost_ratio']:.2f})" for a in sooner[:3])
         said.append(f"{len(sooner)} attacks reach scratch's level in fewer steps than scratch: {fastest}.")
-    said += _more_data(restricted["slc"])
+    said += _more_data([s for s in (restricted["slc"], *restricted["slc_others"]) if s])
     if left_out:
         said.append(f"Not tried, as it could not be: {'; '.join(f'{n} ({why})' for n, why in left_out.items())}.")
     untried = "" if battery.startswith("adaptive") else " The battery adaptive adds an attacker who knows the defence."
@@ -158,13 +165,16 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
     return said
 
 
-def _more_data(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
+def _more_data(series: Sequence[dict[str, Any]]) -> list[str]:
+    """SLC-AUC of the attacker for whom the weights are worth most."""
+    if not series:
         return []
+    found = max(series, key=lambda s: s["auc"]["protected"]["mean"])
     auc = found["auc"]["protected"]
     limits = f" ({auc['interval'][0]:+.2f} … {auc['interval'][1]:+.2f})" if auc["interval"] else ""
     return [
-        f"SLC-AUC over {percent(found['fractions'][0], 0)} to 100 % of the adversary's data: {auc['mean']:+.2f}"
+        f"SLC-AUC over {percent(found['fractions'][0], 0)} to 100 % of the adversary's data under {found['attack']}: "
+        f"{auc['mean']:+.2f}"
         f"{limits}; clean {found['auc']['clean']['mean']:+.2f}. Below 0 the weights are worse than none."
     ]
 
@@ -176,6 +186,16 @@ def _intactness(found: dict[str, Any] | None, scale: Scale) -> list[str]:
         f"The model's own ability is lost: {scale.shown(found['before'])} → {scale.shown(found['after'])} on the "
         "original domain. The verdict speaks of the restricted domain alone; such a model protects nothing worth "
         "having."
+    ]
+
+
+def _released(summary: dict[str, Any]) -> list[str]:
+    """What was audited, where it is not what the defence made."""
+    if summary.get("protection", {}).get("released") != 0:
+        return []
+    return [
+        "The defence found no state to release within its tolerance: what stands here as protected is the model as it "
+        "was."
     ]
 
 

@@ -30,7 +30,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     searches = AuditFiles(folder).searches.read()
     facts = _facts(folder, records, searches)
     chance = facts["provenance"]["restricted"]["chance"]
-    summary = summarise(records, chance, facts["cost"], searches, facts["provenance"])
+    made = {"released": (facts["protection"] or {}).get("released")}
+    summary = summarise(records, chance, facts["cost"], searches, {**facts["provenance"], **made})
     if facts["protection"]:  # `released`: an iteration; 0 where no state within tolerance beat the model as it was
         kept = ("released", "rollbacks", "peak_memory_mb", "measured")
         summary["protection"] = {n: facts["protection"].get(n) for n in kept}
