@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def training_flops(model: nn.Module, example: Tensor, passes: int = 1) -> float:
@@ -15,6 +14,8 @@ def training_flops(model: nn.Module, example: Tensor, passes: int = 1) -> float:
 
     Works on a copy in evaluation mode: weights, gradients, batch statistics and generators stay as they are.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     trial = copy.deepcopy(model).eval()
     trained = [p for p in trial.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 CONFIDENCE = 0.95
 
@@ -26,6 +25,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     spread, and none is made up."""
     if len(values) < 2:
         return None
+    from scipy import special  # slow to import, and a command that only reports an error needs none of it
+
     half = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * deviation(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
