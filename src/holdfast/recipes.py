@@ -202,8 +202,6 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
             target = inner
         if sections == ["defence"] and last == "name" and _another(target, value):
             target.clear()
-        if not sections and last == "defence" and _another(raw.get(last), value):
-            value = {"name": value} if isinstance(value, str) else value
         target[last] = value
     return raw
 
