@@ -162,8 +162,8 @@ def _claim(bundle: Bundle, defence: str) -> str:
     """What was done to the weights; `released` is 0 where the defence found nothing to release."""
     if bundle.details.get("released") == 0:
         return (
-            f"**not protected**: {defence} found no state within its tolerance on the original domain, and these are "
-            "the weights as they were."
+            f"**not protected**: {defence} found nothing better within its tolerance on the original domain, and these "
+            "are the weights as they were."
         )
     return f"protected with **{defence}** against fine-tuning to a restricted domain."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,10 @@ from holdfast.defences.base import Engine, Given, Guarded, Prober, require_posit
 from holdfast.domains import sample
 from holdfast.errors import require
 from holdfast.guard import Phase
-from holdfast.layers import evaluating
 from holdfast.models import load_state
 from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
-from holdfast.training import fit
+from holdfast.training import evaluate, fit
 
 
 def noise_loss(outputs: Tensor, labels: Tensor, noise: Tensor, penalty: float, task: Task) -> Tensor:
@@ -95,6 +94,8 @@ class _Engine(Engine):
             min(len(given.original.train), spec.retained * self.kept),
             derive(given.seed, "retained"),
         )
+        some = given.restricted.subset(torch.arange(min(256, len(given.restricted))))
+        self.forgotten = replace(some, labels=some.labels + self.kept)  # as the joint head counts
         self.adams = {
             name: torch.optim.Adam(model.parameters(), lr, foreach=True)
             for name, model, lr in (
@@ -134,16 +135,10 @@ class _Engine(Engine):
             loss = work(number)
         if stage != "noise":
             self._part()
-        return {stage: loss} if stage == "noise" else {stage: loss, "joint restricted": self._known()}
-
-    @torch.no_grad()
-    def _known(self) -> float:
-        """The joint model's accuracy on up to 256 of the defender's restricted images: what is to be forgotten."""
-        given = self.given
-        images, labels = given.restricted.batch(torch.arange(min(256, len(given.restricted))), given.runtime)
-        with evaluating(self.joint), given.runtime.autocast():
-            outputs = self.joint(images)
-        return given.task.score(outputs, labels + self.kept).mean().item()
+        losses = {stage: loss}
+        if stage != "noise" and (iteration % self.spec.check_every == 0 or iteration == self.length):
+            losses["joint restricted"] = evaluate(self.joint, self.forgotten, given.task, given.runtime)[0]
+        return losses
 
     def _learn(self, number: int) -> float:
         given, size = self.given, max(1, self.spec.batch_size // 2)

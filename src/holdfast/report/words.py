@@ -194,8 +194,7 @@ def _released(summary: dict[str, Any]) -> list[str]:
     if summary.get("protection", {}).get("released") != 0:
         return []
     return [
-        "The defence found no state to release within its tolerance: what stands here as protected is the model as it "
-        "was."
+        "The defence found nothing better within its tolerance: what stands here as protected is the model as it was."
     ]
 
 
