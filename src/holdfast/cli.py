@@ -257,7 +257,7 @@ def compare(
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
     check_comparison(plans, attack)
     found = run_comparison(plans, resume, Reporter(quiet))
-    table = as_markdown(write_comparison(out, found, attack or column_attack(plans)))
+    table = as_markdown(write_comparison(out, found, attack or column_attack(plans), plans[0].recipe.name))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")
 
 

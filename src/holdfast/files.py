@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,8 @@ class RunFolder:
             theirs = held.get("fingerprint") if isinstance(held, dict) else None
             require(
                 theirs == mine,
-                f"{self.path} belongs to another run ({_title(held)}, fingerprint {theirs}; this one is {mine}); "
-                "choose another --out, or run with the recipe and options that made it",
+                f"{self.path} belongs to another run ({_title(held)}, fingerprint {theirs}; this one is {mine}"
+                f"{_differing(held, identity)}); choose another --out, or run with the recipe and options that made it",
             )
             return
         if self.path.exists():
@@ -164,6 +164,27 @@ class RunFolder:
             except OSError:
                 raise UserError(f"{self.path} is in use by another holdfast process; wait for it or stop it") from None
             yield
+
+
+def _differing(held: Any, identity: Mapping[str, Any], most: int = 3) -> str:
+    """Which settings of two runs differ, there and here: `; defence.iterations was 90, is 40`."""
+    theirs, ours = (
+        _flat(r if isinstance(r, dict) else {}) for r in (held, json.loads(json.dumps(identity, default=str)))
+    )
+    for known in ("schema", "fingerprint"):
+        theirs.pop(known, None)
+    names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+    said = [f"{n.removeprefix('recipe.')} was {theirs.get(n)}, is {ours.get(n)}" for n in names[:most]]
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return f"; {', '.join(said)}{more}" if said else ""
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{above}{key}.") if isinstance(inner, dict) else {f"{above}{key}": inner}
+    return found
 
 
 def _title(held: Any) -> str:

@@ -199,10 +199,12 @@ class Run:
     def _measured(self, model: nn.Module, clean: State) -> dict[str, dict[str, float]]:
         """What the defence's paper reports beside the metric, of the clean and of the protected model."""
         given, found = self.inputs, {}
-        for name, state in (("clean", clean), ("protected", state_of(model))):
-            models.load_state(model, state)
-            values = given.recipe.defence_object.measure(given.given(model), given.restricted.test)
-            found[name] = {n: round(v, 6) for n, v in values.items()}
+        with self.reporter.bar("measure", 2) as bar:
+            for name, state in (("clean", clean), ("protected", state_of(model))):
+                models.load_state(model, state)
+                values = given.recipe.defence_object.measure(given.given(model), given.restricted.test)
+                found[name] = {n: round(v, 6) for n, v in values.items()}
+                bar.advance(note=f"{name} model")
         return found if found["clean"] else {}
 
     def audit(self) -> None:

@@ -41,7 +41,8 @@ def open_source(name: str) -> Source:
         return open_torchvision(name)
     if "/" in name or name.startswith("."):
         raise UserError(f"data not found: {name} (expected a folder of class folders, a Parquet file or folder)")
-    hint = "" if data else "; set HOLDFAST_DATA to a folder of data sets to name them directly"
+    hint = "; docs/recipes.md says where the recipes' data sets come from"
+    hint += "" if data else "; set HOLDFAST_DATA to a folder of data sets to name them directly"
     raise UserError(f"{unknown('domain', name, [*known_names(), *TORCHVISION])}; or a path, hf:NAME{hint}")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
 from holdfast.errors import require
 from holdfast.files import write_atomic, write_json
-from holdfast.report.figures import band, metric_axis, png
+from holdfast.report.figures import band, metric_axis, png, steps_axis
 from holdfast.scales import ACCURACY, Scale, scale_of
 from holdfast.statistics import deviation, mean
 
@@ -19,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 STYLES = ("-", "-.", (0, (1, 1)))
 
 
-def write_comparison(out: Path, found: Summaries, attack: str) -> dict[str, Any]:
+def write_comparison(out: Path, found: Summaries, attack: str, title: str = "comparison") -> dict[str, Any]:
     """Write `comparison.json`, `comparison.md` and two figures into `out`; return the JSON's contents.
 
     `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule. Values are means
@@ -28,6 +29,7 @@ def write_comparison(out: Path, found: Summaries, attack: str) -> dict[str, Any]
     """
     rows = {name: _row(summaries, attack) for name, summaries in found.items()}
     result = {
+        "title": title,
         "metric": next(iter(found.values()))[0]["restricted"]["metric"],
         "attack": attack,
         "seeds": len(next(iter(found.values()))),
@@ -56,8 +58,8 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     return {
         "before": _spread([s["intactness"]["before"] for s in summaries]),
         "after": _spread([s["intactness"]["after"] for s in summaries]),
-        "attack": _spread([a["protected"][-1] for a in ends], ends[0]["deviation"]["protected"][-1]),
-        "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
+        "attack": _spread([a["protected"][-1] for a in ends], _within(ends[0], ends[0]["deviation"]["protected"][-1])),
+        "worst": _spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
         "worst_attacks": sorted({w["attack"] for w in worst}),
         "along": _spread([w["along_the_way"] for w in worst]),
         "slc_auc": _areas(summaries, "protected"),
@@ -65,6 +67,7 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "unprotected": sum(p["released"] == 0 for p in protections),
         "measured": _measured(protections),
         "verdicts": [s["verdict"] for s in summaries],
+        "failing": sorted({c["name"] for s in summaries for c in s["checks"] if not c["passed"]}),
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
         "memory_mb": max(p["peak_memory_mb"] for p in protections),
     }
@@ -93,6 +96,11 @@ def _spread(values: Sequence[float], within: float | None = None) -> list[float 
     return [mean(values), deviation(values) if len(values) > 1 else within]
 
 
+def _within(entry: Mapping[str, Any], found: float) -> float | None:
+    """A deviation over audit seeds, where there are several."""
+    return None if entry["interval"] is None else found
+
+
 def _controls(found: Summaries, attack: str) -> dict[str, Any]:
     """What clean and scratch reach: the same in every run of a seed."""
     summaries = next(iter(found.values()))
@@ -101,8 +109,8 @@ def _controls(found: Summaries, attack: str) -> dict[str, Any]:
         worst = [s["restricted"]["worst_case"][model] for s in summaries]
         ends = [_entry(s, attack) for s in summaries]
         controls[model] = {
-            "attack": _spread([a[model][-1] for a in ends], ends[0]["deviation"][model][-1]),
-            "worst": _spread([w["final"] for w in worst], worst[0]["deviation"]),
+            "attack": _spread([a[model][-1] for a in ends], _within(ends[0], ends[0]["deviation"][model][-1])),
+            "worst": _spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
             "along": _spread([w["along_the_way"] for w in worst]),
             "slc_auc": _areas(summaries, model) if model == "clean" else {},  # of scratch: 0, by definition
         }
@@ -126,9 +134,11 @@ def _slc(areas: Mapping[str, Sequence[Any]]) -> str:
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The table: one row a defence, then the controls."""
     scale = scale_of(result["metric"])
+    seeds = f"{result['seeds']} protection seed{'s' if result['seeds'] > 1 else ''}"
     lines = [
-        f"Restricted {scale.titled}, {result['seeds']} protection seeds, under `{result['attack']}` and in the worst "
-        "case.",
+        f"# {result['title']}",
+        "",
+        f"Restricted {scale.titled}, {seeds}, under `{result['attack']}` and in the worst case.",
         "",
         f"| defence | original before → after | {result['attack']} | worst case (attack) | along the way | SLC-AUC | "
         "third domain, − clean | verdict | protect s | MB |",
@@ -156,6 +166,17 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             for n, v in row["measured"].items()
         ]
         lines += ["", f"{name}, in %: {'; '.join(said)}"] if said else []
+    for name, row in result["rows"].items():
+        lines += ["", f"{name}, checks that do not pass: {'; '.join(row['failing'])}."] if row["failing"] else []
+    links = [
+        f"{name} ({', '.join(f'[seed {s}](seed-{s}/{quote(name)}/report.html)' for s in range(result['seeds']))})"
+        for name in result["rows"]
+    ]
+    lines += [
+        "",
+        f"Reports: {'; '.join(links)}. Figures: [original metric](figures/beneficial.png), [restricted metric]"
+        "(figures/malicious.png).",
+    ]
     if any(row["unprotected"] for row in result["rows"].values()):
         lines += [
             "",
@@ -203,7 +224,7 @@ def _malicious(found: Summaries, attack: str) -> bytes:
             width = [deviation(column) for column in zip(*(e[model] for e in entries), strict=True)]
         band(axes, own[0]["steps"], middle, width, scale, name, color=colour, linestyle=style, linewidth=1.6)
     metric_axis(axes, scale, "restricted")
-    axes.set_xlabel("attacker's steps")
+    steps_axis(axes, own[0]["steps"])
     axes.set_title(attack, fontsize=10)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return png(figure)

@@ -96,6 +96,10 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     return said + _benign(summary["benign"], scale)
 
 
+def _attacks(count: int) -> str:
+    return "1 attack reaches" if count == 1 else f"{count} attacks reach"
+
+
 def _some(names: Sequence[str], most: int = 6) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - most
@@ -135,7 +139,7 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
         cost = f" ({attack['cost']})" if attack["cost"] else ""
         said.append(f"{attack['name']}: {scale.amount(gap)} better than scratch, needs {needs}{cost}.")
     if len(ahead) > 5:
-        said.append(f"{len(ahead) - 5} more attacks end above scratch beyond chance.")
+        said.append(f"{len(ahead) - 5} more end above scratch beyond chance.")
     if not ahead and not any(a["interval"] for a in restricted["attacks"]):
         best = max(restricted["attacks"], key=lambda a: a["difference"][0])
         said.append(
@@ -155,7 +159,7 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
     )
     if sooner:
         fastest = ", ".join(f"{a['name']} ({a['cost_ratio']:.2f})" for a in sooner[:3])
-        said.append(f"{len(sooner)} attacks reach scratch's level in fewer steps than scratch: {fastest}.")
+        said.append(f"{_attacks(len(sooner))} scratch's level in fewer steps than scratch: {fastest}.")
     said += _more_data([s for s in (restricted["slc"], *restricted["slc_others"]) if s])
     if left_out:
         said.append(f"Not tried, as it could not be: {'; '.join(f'{n} ({why})' for n, why in left_out.items())}.")
