@@ -1,15 +1,13 @@
 """Bad input on the command line: one line, exit code 2, no traceback, nothing half-written."""
 
 import json
-import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from commands import Command
 from holdfast.cli import LISTS, main
 
 COMMANDS = ["run", "pretrain", "protect", "audit", "report", "demo", "list"]
@@ -146,19 +144,14 @@ def test_a_disk_that_is_full(tmp_path: Path, recipe_file: Path) -> None:
     raw = yaml.safe_load(recipe_file.read_text())
     raw["model"]["options"]["width"] = 32  # weights of 370 kB
     recipe_file.write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "holdfast", "run", str(recipe_file), "--out", str(out), "--resume"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    done = subprocess.run(command, env=env, preexec_fn=limit, capture_output=True, text=True, timeout=120)
-    assert "cannot write" in one_error_line(done.returncode, done.stderr)
-    assert "Traceback" not in done.stderr
+    arguments = ["run", recipe_file, "--out", out, "--resume"]
+    code, _, err = Command(*arguments, file_size=40_000).finish()
+    assert "cannot write" in one_error_line(code, err)
+    assert "Traceback" not in err
     assert not list(out.rglob("*.safetensors"))
     assert [p for p in out.rglob(".*") if p.name != ".lock"] == []
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    code, _, err = Command(*arguments).finish()
+    assert code == 0, err
     assert (out / "report.html").exists()
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 import holdfast
+from commands import Command
 from holdfast.bundle import load_bundle
 from holdfast.errors import UserError
 from holdfast.models import load_weights, save_weights
@@ -22,21 +22,6 @@ from test_cli import cli
 
 FILES = ["bundle/README.md", "bundle/config.json", "bundle/model.safetensors", "records.jsonl"]
 FILES += ["summary.json", "report.html", "report.md", "figures/curves.png", "figures/protection.png"]
-
-
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "holdfast", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    # Where the tests themselves run in a shell's background, SIGINT is ignored, and children inherit that.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=env, text=True, preexec_fn=heed, **pipes)
-
-
-def call(*arguments: object, **environment: str) -> tuple[int, str, str]:
-    process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
 
 
 def values(folder: Path) -> list[tuple[object, ...]]:
@@ -67,12 +52,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "probe_steps": 10,
         },
         "audit": {"battery": "quick", "steps": 80, "seeds": 2, "evaluations": 5},
-        "runtime": {"precision": "float32"},
+        "runtime": {"precision": "float32", "jobs": 1},
     }
     path = out.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    code, text, err = call("run", path, "--out", out)
-    assert code == 0, err
+    command = [sys.executable, "-m", "holdfast", "run", str(path), "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    text, err = done.stdout, done.stderr
+    assert done.returncode == 0, err
     assert str(out / "report.html") in text
     assert all(word in text for word in ("verdict", "intactness", "worst case", "cost ratio"))
     return out
@@ -230,7 +218,7 @@ class TestResume:
             "runtime": {"precision": "float32", "jobs": 1},
         }
         (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
-        code, _, err = call("run", folder / "r.yaml", "--out", folder / "run")
+        code, _, err = Command("run", folder / "r.yaml", "--out", folder / "run").finish()
         assert code == 0, err
         return folder / "r.yaml", folder / "run"
 
@@ -239,16 +227,16 @@ class TestResume:
         recipe, expected = undisturbed
         out = tmp_path / "run"
         eager = {"HOLDFAST_SAVE_SECONDS": "0.01"}
-        process = start("run", recipe, "--out", out, **eager)
+        command = Command("run", recipe, "--out", out, **eager)
         deadline = time.monotonic() + 120
         marker = out / stage if stage.endswith("jsonl") else out / stage / "checkpoint.pt"
-        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not marker.exists() and command.running() and time.monotonic() < deadline:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command.send(signal.SIGKILL)
+        assert command.finish()[0] == -signal.SIGKILL
         assert marker.exists()
         assert not (out / "summary.json").exists()
-        code, _, err = call("run", recipe, "--out", out, "--resume", **eager)
+        code, _, err = Command("run", recipe, "--out", out, "--resume", **eager).finish()
         assert code == 0, err
         for part in ("clean", "bundle"):
             ours, theirs = load_weights(out / part), load_weights(expected / part)
@@ -257,11 +245,11 @@ class TestResume:
 
     def test_interrupted_politely(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         recipe, _ = undisturbed
-        process = start("run", recipe, "--out", tmp_path / "run", HOLDFAST_SAVE_SECONDS="0.01")
-        while not (tmp_path / "run" / "protection" / "checkpoint.pt").exists() and process.poll() is None:
+        command = Command("run", recipe, "--out", tmp_path / "run", HOLDFAST_SAVE_SECONDS="0.01")
+        while not (tmp_path / "run" / "protection" / "checkpoint.pt").exists() and command.running():
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130
+        command.send(signal.SIGINT)
+        code, _, err = command.finish(timeout=60)
+        assert code == 130
         assert "--resume goes on from the last saved state" in err
         assert "Traceback" not in err
