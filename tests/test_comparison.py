@@ -108,6 +108,11 @@ def test_the_table(compared: Path) -> None:
     text = as_markdown(found)
     assert text == (compared / "comparison.md").read_text()
     assert text.count("\n| ") == 5, "a header, two defences, two controls"
+    assert text.startswith("# ")
+    assert "identity, checks that do not pass: " in text
+    for link in ("seed-1/ntl/report.html", "figures/malicious.png"):
+        assert f"]({link})" in text
+        assert (compared / link).is_file()
     for name in ("beneficial", "malicious"):
         assert (compared / "figures" / f"{name}.png").stat().st_size > 5000
 

@@ -77,8 +77,9 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         with folder.claim(mine):
             pass
     before = folder.manifest.read_bytes()
-    with pytest.raises(UserError, match=r"belongs to another run .'a'"):
+    with pytest.raises(UserError, match=r"belongs to another run .'a'") as caught:
         folder.claim(other).__enter__()
+    assert "; name was a, is b, seed was 1, is 2)" in str(caught.value)
     assert folder.manifest.read_bytes() == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()

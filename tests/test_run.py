@@ -162,6 +162,7 @@ class TestContract:
         code, _, err = cli(capsys, monkeypatch, "run", finished.parent / "recipe.yaml", *arguments)
         assert code == 2
         assert "belongs to another run" in err
+        assert "; seed was 0, is 9)" in err
         assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
     def test_report_is_made_anew_from_records_alone(self, finished: Path, capsys, monkeypatch) -> None:

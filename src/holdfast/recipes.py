@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -136,7 +137,12 @@ def parse_recipe(
         if isinstance(merged.get(key), str):
             merged[key] = {"data": merged[key]}
     defence = merged.pop("defence", {"name": "sophon"})
-    defence = {"name": defence} if isinstance(defence, str) else dict(defence or {})
+    defence = {"name": defence} if isinstance(defence, str) else defence or {}
+    require(
+        isinstance(defence, Mapping),
+        f"{where}: defence: expected a name or a mapping with a 'name', but got {defence!r}",
+    )
+    defence = dict(defence)
     cls = defence_class(str(defence.pop("name", "sophon")))
     try:
         built = TypeAdapter(cls).validate_python(defence)
@@ -161,7 +167,9 @@ def choose_preset(raw: Mapping[str, Any], preset: str | None, where: str = "reci
         return merged
     if not isinstance(presets, Mapping) or name not in presets:
         raise unknown(f"preset of {where}", name, presets or ["(none)"])
-    return overlay(merged, presets[name] or {})
+    laid = presets[name] or {}
+    require(isinstance(laid, Mapping), f"{where}: preset '{name}' must be a mapping of keys, but got {laid!r}")
+    return overlay(merged, laid)
 
 
 def overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +226,12 @@ def _explain(error: Any, where: str, prefix: str = "", valid: Sequence[str] = ()
     if first["type"] in ("missing", "missing_argument"):
         return UserError(f"{where}: '{key}' is missing{more}")
     message = str(first["msg"]).removeprefix("Value error, ")
-    shown = "" if first["type"] == "value_error" else f", but got {first['input']!r}"
+    shown = ""
+    if first["type"] != "value_error":
+        message = re.split(", unable to|, got a| or an instance of", message)[0].replace("Input should be", "expected")
+        for theirs, ours in (("a dictionary", "a mapping"), ("a valid dictionary", "a mapping"), ("tuple", "list")):
+            message = message.replace(theirs, ours)
+        shown = f", but got {first['input']!r}"
     return UserError(f"{where}: {key or 'recipe'}: {message}{shown}{more}")
 
 
