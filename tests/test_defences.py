@@ -312,6 +312,28 @@ def test_the_repair_of_sophon(clean_state, original, restricted, architecture, t
     assert {whole.rate(i) for i in range(1, 11)} == {1.0}
 
 
+def test_the_onset_of_sophon(clean_state, original, restricted, architecture, task, runtime, monkeypatch) -> None:
+    """The first 4 of 10 iterations: the adversary's learning rate is a thousandth · 1000^(i/4) of the drawn one."""
+    from holdfast.defences.sophon import _Engine
+
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    spec = replace(QUICK_SOPHON, iterations=10, onset=0.4, inner_steps=1, inner_lr=(0.1,), adversaries=1)
+    engine, found = _Engine(spec, given), []
+    simulate = engine.simulator.simulate
+
+    def seen(simulator, state, tuning, *rest):
+        found.append(tuning.lr)
+        return simulate(state, tuning, *rest)
+
+    monkeypatch.setattr(type(engine.simulator), "simulate", seen)
+    for i in range(1, 7):
+        engine.iterate(i, 1.0)
+    assert found == pytest.approx([0.1e-3 * 1000**0.25, 0.1e-3 * 1000**0.5, 0.1e-3 * 1000**0.75, 0.1, 0.1, 0.1])
+    assert _Engine(replace(spec, onset=0.0), given).onset(1) == 1.0
+
+
 def test_heads_and_classes_that_disagree_are_refused_before_any_work(
     clean_state, original, restricted, architecture, task, runtime
 ) -> None:
@@ -386,6 +408,7 @@ def test_a_real_timm_model(task, runtime) -> None:
         {"update": "in turn"},
         {"weight": 0.0},
         {"repair": 1.1},
+        {"onset": -0.1},
         {"inner_initialise": ("scratch",)},
         {"held_out_fraction": 1.0},
     ],

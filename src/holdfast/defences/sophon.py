@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,9 @@ class Sophon(Guarded):
 
     `repair` is ours: in the last share of the iterations the rates fall to zero along half a cosine, and only there
     intactness is a constraint; before, it is recorded.
+
+    `onset` is ours: in the first share of the iterations the adversaries' learning rates rise over three decades to
+    those drawn. Against adversaries who undo in a few steps whatever little there is yet, nothing ever begins.
     """
 
     suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
@@ -58,6 +61,7 @@ class Sophon(Guarded):
     beta: float = 5e-4  # β; paper: 5e-4
     update: str = "alternating"  # paper: FTS and NTR in turn, an Adam each (Algorithm 1); joint: ours
     weight: float = 0.2  # joint: of the suppression gradient beside that of reinforcement; ours
+    onset: float = 0.0  # share of the iterations, at the start; ours. 0: the rates are those drawn all along
     repair: float = 0.0  # share of the iterations, at the end; ours. 0: constant rates, constrained all along
     ntr_batch_size: int = 200  # paper: not stated
     clip: float | None = 0.5  # L2 norm of the suppression gradient; paper: not stated; published code: 0.5
@@ -74,7 +78,8 @@ class Sophon(Guarded):
         require_rates(self, "alpha", "beta")
         require(self.update in UPDATES, f"update must be one of {', '.join(UPDATES)}, but got '{self.update}'")
         require(self.weight > 0, f"weight must be positive, but got {self.weight}")
-        require(0 <= self.repair <= 1, f"repair must lie in [0, 1], but got {self.repair}")
+        for name in ("onset", "repair"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], but got {getattr(self, name)}")
         for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
             require(bool(getattr(self, name)), f"{name} must not be empty")
         for value in self.inner_initialise:
@@ -188,6 +193,11 @@ class _Engine(Engine):
         into = iteration - 1 - (self.length - self.repairing)
         return 0.5 * (1 + math.cos(math.pi * into / self.repairing)) if into > 0 else 1.0
 
+    def onset(self, iteration: int) -> float:
+        """What the adversaries' learning rates are multiplied with: 10^(−3·(1 − i/n)) in iteration i of the first n."""
+        rising = round(self.spec.onset * self.length)
+        return float(10 ** (-3 * max(0.0, 1 - iteration / rising))) if rising else 1.0
+
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """Lines 3–21 of Algorithm 1. `strength` scales α, or the weight (the guard lowers it after a breach)."""
         suppressed = [self.suppress(iteration, loop, strength) for loop in range(self.spec.fts_loops)]
@@ -199,9 +209,10 @@ class _Engine(Engine):
         losses: list[float] = []
         for n in range(self.spec.adversaries):
             own = Accumulator()
+            adversary = self.spec.draw(self.seed, iteration, loop, n)
             loss = self.simulator.simulate(
                 self.model.state_dict(),
-                self.spec.draw(self.seed, iteration, loop, n),
+                replace(adversary, lr=adversary.lr * self.onset(iteration)),
                 self.gammas,
                 self.suppression,
                 own,
