@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -56,6 +57,9 @@ class Command:
     def finish(self, timeout: float = 240) -> tuple[int, str, str]:
         """Exit status (negative: the signal), what was printed, and the errors."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "still running"
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s")
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self.folder)
         return self.process.exitcode, out, err

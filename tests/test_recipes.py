@@ -86,6 +86,7 @@ def test_changes_do_not_reach_into_values() -> None:
         ({"defence": {"inner_lr": 0.1}}, "expected a valid list, but got 0.1$"),
         ({"defence": {"name": "ntp", "regulariser": "x"}}, "expected 'fisher', 'mmd' or 'none', but got 'x'$"),
         ({"defence": [1]}, r"defence: expected a name or a mapping with a 'name', but got \[1\]$"),
+        ({"defence": False}, "defence: expected a name or a mapping with a 'name', but got False$"),
         ({"model": "resnet18"}, "model: expected a mapping, but got 'resnet18'$"),
         ({"presets": {"p": [1]}, "preset": "p"}, "preset 'p' must be a mapping"),
         ({"audit": {"battery": "quik"}}, "unknown battery 'quik'.*did you mean 'quick'"),

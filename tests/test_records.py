@@ -79,7 +79,11 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     before = folder.manifest.read_bytes()
     with pytest.raises(UserError, match=r"belongs to another run .'a'") as caught:
         folder.claim(other).__enter__()
-    assert "; name was a, is b, seed was 1, is 2)" in str(caught.value)
+    assert "; seed was 1, is 2, name was a, is b)" in str(caught.value)
+    skd = {"recipe": {"name": "a", "seed": 1, "defence": {"name": "skd", "target": -1}, "notes": "x" * 50}}
+    with pytest.raises(UserError) as caught:
+        folder.claim(skd).__enter__()
+    assert f"; defence.name was absent, is skd, notes was absent, is {'x' * 39}…)" in str(caught.value)
     assert folder.manifest.read_bytes() == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()

@@ -174,9 +174,17 @@ def _differing(held: Any, identity: Mapping[str, Any], most: int = 3) -> str:
     for known in ("schema", "fingerprint"):
         theirs.pop(known, None)
     names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
-    said = [f"{n.removeprefix('recipe.')} was {theirs.get(n)}, is {ours.get(n)}" for n in names[:most]]
+    if "recipe.defence.name" in names:  # then all its fields differ
+        names = [n for n in names if n == "recipe.defence.name" or not n.startswith("recipe.defence.")]
+    names.sort(key=lambda n: n in ("recipe.name", "recipe.description"))
+    said = [f"{n.removeprefix('recipe.')} was {_short(theirs, n)}, is {_short(ours, n)}" for n in names[:most]]
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return f"; {', '.join(said)}{more}" if said else ""
+
+
+def _short(values: Mapping[str, Any], name: str, most: int = 40) -> str:
+    text = str(values[name]) if name in values else "absent"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -175,7 +175,7 @@ class Run:
                 "peak_memory_mb": memory,
                 "rollbacks": history.rollbacks,
                 "released": history.released,
-                "measured": self._measured(model, clean.state),
+                "measured": self._measured({"clean": clean.state, "protected": state_of(model)}, model),
                 "checks": history.checks,
             },
         )
@@ -196,16 +196,16 @@ class Run:
             details["sparsity"] = round(zeros, 4)
         return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})
 
-    def _measured(self, model: nn.Module, clean: State) -> dict[str, dict[str, float]]:
-        """What the defence's paper reports beside the metric, of the clean and of the protected model."""
+    def _measured(self, states: Mapping[str, State], model: nn.Module) -> dict[str, dict[str, float]]:
+        """What the defence's paper reports beside the metric, of both models; nothing where it reports nothing."""
         given, found = self.inputs, {}
-        with self.reporter.bar("measure", 2) as bar:
-            for name, state in (("clean", clean), ("protected", state_of(model))):
+        with self.reporter.bar("measure", len(states)) as bar:
+            for name, state in states.items() if given.recipe.defence_object.measures else ():
                 models.load_state(model, state)
                 values = given.recipe.defence_object.measure(given.given(model), given.restricted.test)
                 found[name] = {n: round(v, 6) for n, v in values.items()}
-                bar.advance(note=f"{name} model")
-        return found if found["clean"] else {}
+                bar.advance(name)
+        return found
 
     def audit(self) -> None:
         """Every cell of the grid into `records.jsonl`."""

@@ -137,7 +137,7 @@ def parse_recipe(
         if isinstance(merged.get(key), str):
             merged[key] = {"data": merged[key]}
     defence = merged.pop("defence", {"name": "sophon"})
-    defence = {"name": defence} if isinstance(defence, str) else defence or {}
+    defence = {"name": defence} if isinstance(defence, str) else {} if defence is None else defence
     require(
         isinstance(defence, Mapping),
         f"{where}: defence: expected a name or a mapping with a 'name', but got {defence!r}",
@@ -167,7 +167,7 @@ def choose_preset(raw: Mapping[str, Any], preset: str | None, where: str = "reci
         return merged
     if not isinstance(presets, Mapping) or name not in presets:
         raise unknown(f"preset of {where}", name, presets or ["(none)"])
-    laid = presets[name] or {}
+    laid = {} if presets[name] is None else presets[name]
     require(isinstance(laid, Mapping), f"{where}: preset '{name}' must be a mapping of keys, but got {laid!r}")
     return overlay(merged, laid)
 

@@ -173,6 +173,7 @@ class Guarded:
     tolerance: float
     check_every: int
     released: ClassVar[Select] = "last"
+    measures: ClassVar[bool] = False  # whether `measure` finds anything
     compiles: ClassVar[bool] = False  # whether it runs on a compiled network: not where it looks inside
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 

@@ -28,6 +28,8 @@ from holdfast.tasks import Task
 class Defence(Protocol):
     """A frozen dataclass whose fields are hyper-parameters, all with defaults."""
 
+    measures: ClassVar[bool]  # whether `measure` finds anything
+
     def simulates(self, tuning: FineTuning) -> bool:
         """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
         ...
@@ -63,6 +65,7 @@ class Defence(Protocol):
 class Identity:
     """No defence at all: the negative control. An audit that does not report it as *failed* is broken."""
 
+    measures: ClassVar[bool] = False
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def simulates(self, tuning: FineTuning) -> bool:

@@ -84,6 +84,7 @@ class ReverseMAML(Guarded):
     tolerance: float = 0.05
     check_every: int = 50
     probe_steps: int = 50  # of the adversary behind the curve "restricted"
+    measures: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
