@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _beneficial(rows: Mapping[str, Mapping[str, Any]], scale: Scale) -> bytes:
     axes.bar(
         list(rows),
         [scale.plotted(r["after"][0]) for r in rows.values()],
-        yerr=[scale.width(r["after"][1] or 0.0) for r in rows.values()],
+        yerr=[math.nan if r["after"][1] is None else scale.width(r["after"][1]) for r in rows.values()],
         color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))],
         capsize=3,
     )
