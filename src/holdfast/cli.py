@@ -114,7 +114,7 @@ def demo(
     quiet: Quiet = False,
     changes: Set = None,
 ) -> None:
-    """The whole chain on built-in digits in about two minutes: 0-4 are kept, 5-9 are restricted."""
+    """The whole chain on built-in digits in a few minutes: 0-4 are kept, 5-9 are restricted."""
     _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, Reporter(quiet)).all(), out)
 
 
