@@ -16,8 +16,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the server: more would be threads, which a fork lacks
 FORKS = multiprocessing.get_context("forkserver")
-# torch imports torch._dynamo with the first optimiser; neither starts a thread, so a fork of them is whole.
+# torch imports torch._dynamo with the first optimiser; none of these starts a thread, so a fork of them is whole.
 FORKS.set_forkserver_preload(["holdfast.cli", "holdfast.report.write", "torch._dynamo"])
 
 

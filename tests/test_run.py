@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "probe_steps": 10,
         },
         "audit": {"battery": "quick", "steps": 80, "seeds": 2, "evaluations": 5},
-        "runtime": {"precision": "float32", "jobs": 1},
+        "runtime": {"precision": "float32"},
     }
     path = out.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -26,6 +26,7 @@ from holdfast.audit import (
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
+from holdfast.defences.registry import measure_states
 from holdfast.diffusion.exhibits import Show, make_exhibits
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
@@ -175,7 +176,13 @@ class Run:
                 "peak_memory_mb": memory,
                 "rollbacks": history.rollbacks,
                 "released": history.released,
-                "measured": self._measured({"clean": clean.state, "protected": state_of(model)}, model),
+                "measured": measure_states(
+                    given.recipe.defence_object,
+                    given.given(model),
+                    {"clean": clean.state, "protected": state_of(model)},
+                    given.restricted.test,
+                    self.reporter,
+                ),
                 "checks": history.checks,
             },
         )
@@ -195,17 +202,6 @@ class Run:
         if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
             details["sparsity"] = round(zeros, 4)
         return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})
-
-    def _measured(self, states: Mapping[str, State], model: nn.Module) -> dict[str, dict[str, float]]:
-        """What the defence's paper reports beside the metric, of both models; nothing where it reports nothing."""
-        given, found = self.inputs, {}
-        with self.reporter.bar("measure", len(states)) as bar:
-            for name, state in states.items() if given.recipe.defence_object.measures else ():
-                models.load_state(model, state)
-                values = given.recipe.defence_object.measure(given.given(model), given.restricted.test)
-                found[name] = {n: round(v, 6) for n, v in values.items()}
-                bar.advance(name)
-        return found
 
     def audit(self) -> None:
         """Every cell of the grid into `records.jsonl`."""

@@ -20,7 +20,8 @@ from holdfast.domains import Domain, ImageData
 from holdfast.errors import unknown
 from holdfast.finetuning import FineTuning
 from holdfast.guard import History, Workplace
-from holdfast.models import Architecture
+from holdfast.models import Architecture, State, load_state
+from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
 from holdfast.tasks import Task
 
@@ -95,6 +96,22 @@ DEFENCES: Mapping[str, type[Any]] = MappingProxyType(
         "identity": Identity,
     }
 )
+
+
+def measure_states(
+    defence: Defence, given: Given, states: Mapping[str, State], restricted: ImageData, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """`defence.measure` of `given.model` with each of `states`, by their names; the last stays loaded. Nothing for a
+    defence that measures nothing."""
+    if not defence.measures:
+        return {}
+    found = {}
+    with reporter.bar("measure", len(states)) as bar:
+        for name, state in states.items():
+            load_state(given.model, state)
+            found[name] = {n: round(v, 6) for n, v in defence.measure(given, restricted).items()}
+            bar.advance(name)
+    return found
 
 
 def defence_class(name: str) -> type[Any]:
