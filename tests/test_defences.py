@@ -291,6 +291,33 @@ def test_a_joint_update_by_hand(clean_state, original, restricted, architecture,
         assert torch.allclose(p[sure], expected[sure], atol=2e-6), name
 
 
+def test_reinforcement_by_distillation_by_hand(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    """Adam's first step on KL(unprotected ‖ model); the labels play no part, and the teacher stays what it was."""
+    from holdfast.defences.sophon import _Engine
+
+    spec = replace(QUICK_SOPHON, reinforcement="distillation", ntr_loops=1)
+    model, twin = architecture.build(5), architecture.build(5)
+    model.load_state_dict(clean_state)
+    engine = _Engine(spec, Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+    started = {n: v + 0.01 * torch.randn(v.shape) if v.is_floating_point() else v for n, v in clean_state.items()}
+    model.load_state_dict(started)
+    twin.load_state_dict(started)
+    inputs, _ = next(iter(engine.given.batches(original.train, spec.ntr_batch_size, "reinforce", 0, 1)))
+    wanted = engine.teacher(inputs).softmax(1)
+    answered = twin.train()(inputs).log_softmax(1)
+    value = (wanted * (wanted.log() - answered)).sum(1).mean()
+    value.backward()
+    assert engine.reinforce(1) == pytest.approx(value.item(), rel=1e-4)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        sure = q.grad.abs() > 1e-6
+        expected = started[name] - spec.beta * q.grad / (q.grad.abs() + 1e-8)
+        assert torch.allclose(p[sure], expected[sure], atol=2e-6), name
+    for name, value in engine.teacher.state_dict().items():
+        assert torch.equal(value, clean_state[name]), name
+
+
 def test_the_repair_of_sophon(clean_state, original, restricted, architecture, task, runtime) -> None:
     """The last 4 of 10 iterations: rates ½·(1 + cos π·k/4), k = 0 … 3, and only there a state can be released."""
     from holdfast.defences.sophon import _Engine
@@ -406,6 +433,9 @@ def test_a_real_timm_model(task, runtime) -> None:
         {"clip": -1},
         {"inner_steps": 0},
         {"update": "in turn"},
+        {"reinforcement": "both"},
+        {"probe_lr": 0.0},
+        {"probe_optimiser": "adan"},
         {"weight": 0.0},
         {"repair": 1.1},
         {"onset": -0.1},

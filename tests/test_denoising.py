@@ -17,7 +17,7 @@ from holdfast.diffusion.sampling import sample_images
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
-from holdfast.losses import denial_of_service, inverse_mse, noise_error
+from holdfast.losses import denial_of_service, inverse_mse, noise_error, signal_weighted_denial_of_service
 from holdfast.models import Architecture, load_state, state_of
 from holdfast.pipeline import load_model
 from holdfast.runtime import Runtime
@@ -28,8 +28,8 @@ diffusers = pytest.importorskip("diffusers")
 TINY = {"unet": {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}}
 
 
-def tiny(**options) -> Denoiser:
-    model = Architecture("unet2d", 8, 1, options={**TINY, **options}).build(3, seed=1)
+def tiny(seed: int = 1, **options) -> Denoiser:
+    model = Architecture("unet2d", 8, 1, options={**TINY, **options}).build(3, seed=seed)
     assert isinstance(model, Denoiser)
     return model
 
@@ -48,6 +48,17 @@ class TestLosses:
         assert noise_error(outputs).tolist() == [2.5]
         assert inverse_mse(outputs).item() == -2.5
         assert denial_of_service(outputs).item() == 2.5
+
+    def test_each_level_counts_by_its_signal(self) -> None:
+        """Two images answered by (1, 2) and (3, 0), ᾱ 0.9 and 0.2: (0.9 · 5 + 0.2 · 9)/4; the truth plays no part."""
+        answers, shares = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.9, 0.9], [0.2, 0.2]])
+        outputs = torch.stack([answers, torch.full((2, 2), 7.0), shares], 1).requires_grad_()
+        value = signal_weighted_denial_of_service(outputs)
+        assert value.item() == pytest.approx((0.9 * 5 + 0.2 * 9) / 4)
+        (gradient,) = torch.autograd.grad(value, outputs)
+        torch.testing.assert_close(gradient[:, 0], 2 * shares * answers / 4)
+        with pytest.raises(UserError, match=r"\(n, 3, …\)"):
+            signal_weighted_denial_of_service(outputs[:, :2])
 
     def test_gradients_are_the_papers(self, pair) -> None:
         """Equation 15, 2·(ε̂ − ε), negated, and 2·ε̂ under Equation 16; per element of the mean."""
@@ -135,6 +146,22 @@ class TestGrid:
         assert not torch.equal(*drawn)
         torch.testing.assert_close(*fixed)
         torch.testing.assert_close(fixed[0][:, 1], fixed_noise(8, images))
+        torch.testing.assert_close(fixed[0][:, 2, 0, 0, 0], model.alphas[fixed_steps(8, 4, len(model.alphas))])
+
+    def test_imitation_sees_the_same_noise_and_no_truth(self) -> None:
+        """Of itself nothing is left to learn; of another network, the mean squared difference of the predictions."""
+        model, other, task = tiny().eval(), tiny(seed=2).eval(), Denoising()
+        images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+        assert task.imitate(model, model, images, labels).item() == 0.0
+        torch.manual_seed(5)
+        found = task.imitate(model, other, images, labels)
+        torch.manual_seed(5)
+        theirs = task.forward(other, images, labels)[:, 0]
+        torch.manual_seed(5)
+        ours = task.forward(model, images, labels)[:, 0]
+        torch.testing.assert_close(found, (ours - theirs).square().mean())
+        found.backward()
+        assert all(p.grad is None for p in other.parameters())
 
 
 class TestTask:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.errors import UserError
-from holdfast.losses import inverse_cross_entropy, inverse_logits_cross_entropy, kl_from_uniform
+from holdfast.losses import distillation, inverse_cross_entropy, inverse_logits_cross_entropy, kl_from_uniform
 
 LOSSES = [inverse_cross_entropy, kl_from_uniform, inverse_logits_cross_entropy]
 
@@ -104,3 +104,14 @@ def test_ice_keeps_its_value_and_gradient_where_naive_float32_loses_them() -> No
 def test_the_wrong_shape_is_one_line() -> None:
     with pytest.raises(UserError, match=r"shape \(n, C\)"):
         kl_from_uniform(torch.zeros(3, 1), None)
+
+
+def test_distillation_by_hand() -> None:
+    """KL((¼, ¾) ‖ (½, ½)) = ¼·ln ½ + ¾·ln 3⁄2; at T = 2 the answers are softened, and T² is a factor."""
+    student, teacher = logits_of(0.5, 0.5), logits_of(0.25, 0.75)
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert distillation(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+    soft = 1 / (1 + math.sqrt(3))
+    expected = 4 * (soft * math.log(2 * soft) + (1 - soft) * math.log(2 * (1 - soft)))
+    assert distillation(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert distillation(teacher, teacher).item() == 0.0

@@ -55,13 +55,19 @@ def _scores(logits: Tensor) -> Tensor:
     return logits.float()
 
 
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T²·KL(softmax(t/T) ‖ softmax(s/T)), the mean over the batch (Hinton et al., 2015). Lies in [0, ∞).
+
+    `student`, `teacher`: logits (n, C) in any floating type; computed in float32."""
+    ours, theirs = (F.log_softmax(_scores(x) / temperature, 1) for x in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
 def noise_error(outputs: Tensor) -> Tensor:
-    """Mean squared error of each image, (n,) float32, from `outputs` (n, 2, …): predictions and what they should be."""
-    require(
-        outputs.ndim >= 3 and outputs.shape[1] == 2,
-        f"a denoising loss takes predictions and targets, (n, 2, …), but got {tuple(outputs.shape)}",
-    )
-    predicted, target = outputs.float().unbind(1)
+    """Mean squared error of each image, (n,) float32, from `outputs` (n, 2, …): predictions and what they should be
+    (and further planes, which are not looked at)."""
+    _require_planes(outputs, 2, "predictions and targets, (n, 2, …)")
+    predicted, target = outputs[:, :2].float().unbind(1)
     return (predicted - target).square().flatten(1).mean(1)
 
 
@@ -71,14 +77,30 @@ def denial_of_service(outputs: Tensor, _: Tensor | None = None) -> Tensor:
     Its gradient by an element of the prediction is 2·f̂ ÷ (number of elements), which fades as the goal is reached; the
     paper's sum over an image's elements differs by that constant. Neither labels nor the true noise are used.
     """
-    require(
-        outputs.ndim >= 3 and outputs.shape[1] == 2,
-        f"a denoising loss takes predictions and targets, (n, 2, …), but got {tuple(outputs.shape)}",
-    )
+    _require_planes(outputs, 2, "predictions and targets, (n, 2, …)")
     return outputs[:, 0].float().square().mean()
+
+
+def signal_weighted_denial_of_service(outputs: Tensor, _: Tensor | None = None) -> Tensor:
+    """`dos_signal`, ours: the mean of ᾱ_t·‖f(x_t, t)‖², per element, with ᾱ_t the third plane of `outputs` (n, 3, …).
+
+    Where nearly all of x_t is noise, nobody can tell an original image from a restricted one, and what Equation 16 asks
+    for is paid by both: with weight w beside the MSE the best answer to either is ε/(1 + w). Where the image is seen,
+    the two can be told apart. So each noise level counts by the share that the image has in it.
+    """
+    _require_planes(outputs, 3, "predictions, targets and the images' share, (n, 3, …)")
+    predicted, share = outputs[:, 0].float(), outputs[:, 2].float()
+    return (share * predicted.square()).mean()
 
 
 def inverse_mse(outputs: Tensor, _: Tensor | None = None) -> Tensor:
     """`mse`: the mean squared error, negated. Lies in (−∞, 0], without a lower end: its gradient, −2·(f̂ − ε) per
     element (Equation 15), grows with success. What SOPHON's Figure 14 shows to diverge."""
     return -noise_error(outputs).mean()
+
+
+def _require_planes(outputs: Tensor, least: int, what: str) -> None:
+    require(
+        outputs.ndim >= 3 and outputs.shape[1] >= least,
+        f"a denoising loss takes {what}, but got {tuple(outputs.shape)}",
+    )

@@ -63,6 +63,11 @@ class Task(Protocol):
         """Training loss, a float32 scalar."""
         ...
 
+    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """How far the model's answers are from the teacher's on the same inputs, a float32 scalar; only the model's
+        have a gradient."""
+        ...
+
     def suppression(self, name: str | None) -> Loss:
         """A suppression loss by name, None for the task's own; `UserError` for one that does not fit the task."""
         ...
@@ -105,6 +110,12 @@ class Classification:
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in float32 whatever the logits are."""
         return F.cross_entropy(outputs.float(), targets)
+
+    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """KL(teacher ‖ model)."""
+        with torch.no_grad():
+            answers = teacher(inputs)
+        return losses.distillation(model(inputs), answers)
 
     def suppression(self, name: str | None) -> Loss:
         """`ice` (Eq. 11; the default), `klu` (Eq. 13) or `ice_logits` (SOPHON's published code)."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.chains import outputs
@@ -17,6 +16,7 @@ from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
 from holdfast.flops import training_flops
+from holdfast.losses import distillation
 from holdfast.models import state_of
 from holdfast.seeding import derive
 from holdfast.training import Batch, plain
@@ -113,8 +113,7 @@ class Distil(_Preparation):
                 yield images, answers.float()
 
         def loss(outputs: Tensor, answers: Tensor) -> Tensor:
-            ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (outputs, answers))
-            return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
+            return distillation(outputs, answers, self.temperature)
 
         tuning = self.tuning(means.steps)
         result = means.train(student, means.restricted, tuning, "distil", loss=loss, forward=plain, prepare=taught)

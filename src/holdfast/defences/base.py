@@ -81,8 +81,9 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class Prober:
-    """A fixed adversary on a part of the defender's half that it does not train on: Adam at 1e-3, the whole model,
-    with the head kept or re-initialised; what the better of these reaches, averaged over evaluations along the way.
+    """A fixed adversary on a part of the defender's half that it does not train on: the whole model (default: by Adam
+    at 1e-3), with the head kept or re-initialised; what the better of these reaches, averaged over evaluations along
+    the way.
 
     The defence has seen these images: good enough to rank states, too kind to be a result.
     """
@@ -94,10 +95,12 @@ class Prober:
         batch_size: int = 100,
         initialise: tuple[Initialise, ...] = ("head",),
         learner: nn.Module | None = None,
+        optimiser: str = "adam",
+        lr: float = 1e-3,
     ) -> None:
         self.given, self.initialise = given, initialise
         self.learner = given.learner() if learner is None else learner
-        self.tuning = FineTuning(optimiser="adam", lr=1e-3, weight_decay=0.0, batch_size=batch_size, steps=steps)
+        self.tuning = FineTuning(optimiser=optimiser, lr=lr, weight_decay=0.0, batch_size=batch_size, steps=steps)
         parts = holdout(given.restricted.labels, 0.3, generator(given.seed, "probe"))
         self.adapt, self.held_out = (given.restricted.subset(p) for p in parts)
 

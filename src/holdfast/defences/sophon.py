@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +15,15 @@ from holdfast.defences.base import Engine, Given, Guarded, Prober, require_posit
 from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
+from holdfast.models import load_state
 from holdfast.optimisers import OPTIMISERS
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
-from holdfast.tasks import Task
-from holdfast.training import fit
+from holdfast.tasks import Loss, Task
+from holdfast.training import Forward, fit
 
 UPDATES = ("alternating", "joint")
+REINFORCEMENTS = ("task", "distillation")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Sophon(Guarded):
 
     `repair` is ours: in the last share of the iterations the rates fall to zero along half a cosine, and only there
     intactness is a constraint; before, it is recorded.
+
+    `reinforcement: distillation` is ours: on original data the model learns what the unprotected one answers, not what
+    is true. The gradient leads to the same place, without the noise of what no model can know.
 
     `onset` is ours: in the first share of the iterations the adversaries' learning rates rise over three decades to
     those drawn. Against adversaries who undo in a few steps whatever little there is yet, nothing ever begins.
@@ -60,6 +66,7 @@ class Sophon(Guarded):
     alpha: float = 3e-4  # α; paper: 3e-4
     beta: float = 5e-4  # β; paper: 5e-4
     update: str = "alternating"  # paper: FTS and NTR in turn, an Adam each (Algorithm 1); joint: ours
+    reinforcement: str = "task"  # paper: the task's loss (Eq. 6); distillation: ours
     weight: float = 0.2  # joint: of the suppression gradient beside that of reinforcement; ours
     onset: float = 0.0  # share of the iterations, at the start; ours. 0: the rates are those drawn all along
     repair: float = 0.0  # share of the iterations, at the end; ours. 0: constant rates, constrained all along
@@ -68,6 +75,8 @@ class Sophon(Guarded):
     tolerance: float = 0.03  # λ of Eq. 1 as a share of the original metric; paper: 99.6 → 96.2 … 97.8 %, 0.034 … 0.018
     check_every: int = 10  # iterations between checks of intactness; paper: not stated
     probe_steps: int = 50  # steps of the probing adversary that selects the released state; ours
+    probe_optimiser: str = "adam"  # its optimiser; ours
+    probe_lr: float = 1e-3  # its learning rate; ours
     released: ClassVar[Select] = "lowest"
     compiles: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -75,8 +84,10 @@ class Sophon(Guarded):
     def __post_init__(self) -> None:
         require_positive(self, "adversaries", "inner_steps", "fts_loops", "ntr_loops", "iterations")
         require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
-        require_rates(self, "alpha", "beta")
-        require(self.update in UPDATES, f"update must be one of {', '.join(UPDATES)}, but got '{self.update}'")
+        require_rates(self, "alpha", "beta", "probe_lr")
+        for name, valid in (("update", UPDATES), ("reinforcement", REINFORCEMENTS), ("gamma", GAMMAS)):
+            chosen = getattr(self, name)
+            require(chosen in valid, f"{name} must be one of {', '.join(valid)}, but got '{chosen}'")
         require(self.weight > 0, f"weight must be positive, but got {self.weight}")
         for name in ("onset", "repair"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], but got {getattr(self, name)}")
@@ -84,12 +95,11 @@ class Sophon(Guarded):
             require(bool(getattr(self, name)), f"{name} must not be empty")
         for value in self.inner_initialise:
             require(value in ("keep", "head"), f"inner_initialise holds '{value}'; valid: keep, head")
-        for optimiser in self.inner_optimiser:
+        for optimiser in (*self.inner_optimiser, self.probe_optimiser):
             if optimiser not in OPTIMISERS:
                 raise unknown("optimiser", optimiser, OPTIMISERS)
         require(all(0 < lr <= 10 for lr in self.inner_lr), f"inner_lr must lie in (0, 10], but got {self.inner_lr}")
         require(min(self.inner_batch_size) >= 2, f"inner_batch_size must be at least 2, got {self.inner_batch_size}")
-        require(self.gamma in GAMMAS, f"gamma must be one of {', '.join(GAMMAS)}, but got '{self.gamma}'")
         require(
             0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}"
         )
@@ -182,7 +192,13 @@ class _Engine(Engine):
             max(spec.inner_batch_size),
             spec.inner_initialise,
             learner,
+            spec.probe_optimiser,
+            spec.probe_lr,
         )
+        self.teacher: nn.Module | None = None
+        if spec.reinforcement == "distillation":
+            self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
+            load_state(self.teacher, given.model.state_dict())
 
     def phase(self, iteration: int) -> Phase:
         """Before the repair, where there is one, intactness is only recorded."""
@@ -244,13 +260,27 @@ class _Engine(Engine):
             parameter.grad = push.clone() if parameter.grad is None else parameter.grad + push
 
     def reinforce(self, iteration: int) -> float:
-        """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7); returns the last loss."""
-        given, count = self.given, self.spec.ntr_loops
+        """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7), or on the unprotected model's answers to it;
+        returns the last loss."""
+        given, count, teacher = self.given, self.spec.ntr_loops, self.teacher
+        forward: Forward = given.task.forward
+        loss: Loss = given.task.loss
+        if teacher is not None:
+            forward, loss = partial(_imitated, given.task, teacher), _as_it_is
         for group in self.ntr.param_groups:
             group["lr"] = self.spec.beta * self.rate(iteration)
         batches = given.batches(
             given.original.train, self.spec.ntr_batch_size, "reinforce", (iteration - 1) * count, count
         )
         with seeded(self.seed, "reinforce", iteration):
-            task = given.task
-            return fit(self.model, batches, task.loss, self.ntr, runtime=given.runtime, forward=task.forward).loss
+            return fit(self.model, batches, loss, self.ntr, runtime=given.runtime, forward=forward).loss
+
+
+def _imitated(task: Task, teacher: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """`Task.imitate`, as a forward pass of the training loop."""
+    return task.imitate(model, teacher, inputs, targets)
+
+
+def _as_it_is(loss: Tensor, _: Tensor) -> Tensor:
+    """The loss that the forward pass has already made."""
+    return loss

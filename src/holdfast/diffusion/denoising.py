@@ -28,8 +28,8 @@ def grid(steps: int, levels: int = LEVELS) -> list[int]:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Mean squared error of the predicted noise. Models are `Denoiser`s; `outputs` are (n, 2, c, h, w): what was
-    predicted, and what was to be.
+    """Mean squared error of the predicted noise. Models are `Denoiser`s; `outputs` are (n, 3, c, h, w): what was
+    predicted, what was to be, and ᾱ_t, the share that the image has in what the model saw.
 
     In training, timestep and noise are drawn from torch's generators, and the target is the network's own (ε or v). In
     evaluation it is always ε, on a fixed grid: image i of the data meets level i mod 20 and noise of its own seed, so
@@ -43,7 +43,11 @@ class Denoising:
     generates: ClassVar[bool] = True
     least_classes: ClassVar[int] = 1
     SUPPRESSION: ClassVar[Mapping[str, Loss]] = MappingProxyType(
-        {"dos": losses.denial_of_service, "mse": losses.inverse_mse}
+        {
+            "dos": losses.denial_of_service,
+            "mse": losses.inverse_mse,
+            "dos_signal": losses.signal_weighted_denial_of_service,
+        }
     )
 
     def check(self, model: nn.Module) -> None:
@@ -56,34 +60,50 @@ class Denoising:
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
         """Diffuse `inputs` (n, c, h, w), let the model predict, and stack prediction and truth."""
-        if not isinstance(model, Denoiser):
-            raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+        model = _denoiser(model)
         if first is None:
-            steps = torch.randint(len(model.alphas), (len(inputs),), device=inputs.device)
-            noise = torch.randn_like(inputs)
+            noise, steps = self.drawn(model, inputs)
         else:
             steps = model.at_level(fixed_steps(first, len(inputs), len(model.reference)).to(inputs.device))
             noise = fixed_noise(first, inputs)
         labels = targets if model.conditional else None
         return self.compared(model, inputs, noise, steps, labels, own=first is None)
 
+    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """MSE between both networks' predictions for the same noisy images. Its gradient is that of the MSE's excess
+        over the teacher's, without what no network can predict of the noise."""
+        model, teacher = _denoiser(model), _denoiser(teacher)
+        noise, steps = self.drawn(model, inputs)
+        noisy = model.diffuse(inputs, noise, steps)
+        labels = targets if model.conditional else None
+        with torch.no_grad():
+            answers = teacher(noisy, steps, labels).float()
+        return losses.noise_error(torch.stack([model(noisy, steps, labels).float(), answers], 1)).mean()
+
+    @staticmethod
+    def drawn(model: Denoiser, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise of `images`' shape and timesteps (n,), from torch's generators."""
+        steps = torch.randint(len(model.alphas), (len(images),), device=images.device)
+        return torch.randn_like(images), steps
+
     @staticmethod
     def compared(
         model: Denoiser, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor | None, own: bool
     ) -> Tensor:
-        """(n, 2, c, h, w): prediction and target at given timesteps, in the model's `own` terms or as noise."""
+        """(n, 3, c, h, w): prediction and target at given timesteps, in the model's `own` terms or as noise, and ᾱ."""
         noisy = model.diffuse(images, noise, steps)
         predicted = model(noisy, steps, labels).float()  # under autocast it is not
+        share = model.alphas[steps].view(-1, 1, 1, 1).expand_as(images)
         if own:
-            return torch.stack([predicted, model.target(images, noise, steps)], 1)
-        return torch.stack([model.noise_of(predicted, noisy, steps), noise], 1)
+            return torch.stack([predicted, model.target(images, noise, steps), share], 1)
+        return torch.stack([model.noise_of(predicted, noisy, steps), noise, share], 1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """MSE, in float32 whatever the outputs are."""
         return losses.noise_error(outputs).mean()
 
     def suppression(self, name: str | None) -> Loss:
-        """`dos` (Eq. 16; the default) or `mse`: the MSE, negated (Eq. 15)."""
+        """`dos` (Eq. 16; the default), `mse`: the MSE, negated (Eq. 15), or `dos_signal`, ours."""
         return chosen_loss(self.SUPPRESSION, name)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -94,6 +114,12 @@ class Denoising:
     def chance(self, targets: Tensor) -> float:
         """0: what the constant answer zero reaches."""
         return 0.0
+
+
+def _denoiser(model: nn.Module) -> Denoiser:
+    if not isinstance(model, Denoiser):
+        raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+    return model
 
 
 def fixed_steps(first: int, count: int, steps: int) -> Tensor:
