@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     folder = parser.parse_args().run
     runs = sorted(p.parent for p in folder.glob("seed-*/*/protection"))
+    if not runs:
+        parser.error(f"{folder} holds no comparison (expected seed-S/PRESET/protection)")
     names = sorted({r.name for r in runs})
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
     panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))

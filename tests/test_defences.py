@@ -1,5 +1,6 @@
 """The contract that every defence meets. One that is not in CASES fails."""
 
+import math
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -225,6 +226,8 @@ def test_sophon_knows_what_it_simulates() -> None:
     assert not spec.simulates(FineTuning.named("initFC+FC", optimiser="adam", lr=1e-3))
     assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, augment="shift"))
     assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, mixup=0.2))
+    for other in ({"ema": 0.99}, {"schedule": "cosine"}, {"warmup": 5}, {"keep_zeros": True}):
+        assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, **other))
 
 
 def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(
@@ -291,9 +294,7 @@ def test_a_joint_update_by_hand(clean_state, original, restricted, architecture,
         assert torch.allclose(p[sure], expected[sure], atol=2e-6), name
 
 
-def test_reinforcement_by_distillation_by_hand(
-    clean_state, original, restricted, architecture, task, runtime
-) -> None:
+def test_reinforcement_by_distillation_by_hand(clean_state, original, restricted, architecture, task, runtime) -> None:
     """Adam's first step on KL(unprotected ‖ model); the labels play no part, and the teacher stays what it was."""
     from holdfast.defences.sophon import _Engine
 
@@ -467,6 +468,34 @@ def test_one_adversary_that_diverges_does_not_spoil_the_others(
     monkeypatch.setattr(type(engine.simulator), "simulate", first_diverges)
     assert engine.suppress(1, 0, 1.0) == pytest.approx(calls[1])
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_joint_update_where_a_whole_loop_diverges(
+    clean_state, original, restricted, architecture, task, runtime, monkeypatch
+) -> None:
+    """What is taken along is this iteration's, of the loops that told something; and the loss says that one did not."""
+    from holdfast.defences.sophon import _Engine
+
+    spec = replace(QUICK_SOPHON, update="joint", adversaries=1, fts_loops=2, weight=0.3, clip=None)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    engine = _Engine(spec, Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+    whole, calls = type(engine.simulator).simulate, []
+
+    def one_diverges(self, *arguments):
+        value = whole(self, *arguments)
+        calls.append(value)
+        return float("nan") if len(calls) in (3, 5, 6) else value
+
+    monkeypatch.setattr(type(engine.simulator), "simulate", one_diverges)
+    assert engine.iterate(1, 1.0)["fts"] == pytest.approx(sum(calls) / 2)
+    before = [p.clone() for p in engine.pushes]
+    assert math.isnan(engine.iterate(2, 1.0)["fts"])
+    engine.pushes = []
+    model.zero_grad()
+    assert len(before) == len(list(model.parameters()))
+    assert math.isnan(engine.iterate(3, 1.0)["fts"])
+    assert engine.pushes == []
 
 
 def test_a_probe_that_diverges_is_never_selected(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -137,6 +139,11 @@ class TestGrid:
         assert fixed_steps(4, 2, 1000).tolist() == fixed_steps(0, 6, 1000)[4:].tolist()
         assert fixed_steps(LEVELS, 1, 1000).tolist() == [grid(1000)[0]]
 
+    def test_few_images_meet_little_noise_and_much(self) -> None:
+        places = fixed_steps(0, 6, 1000)
+        assert places.tolist() == [25, 375, 725, 75, 425, 775]
+        assert sorted(fixed_steps(3, 20, 1000).tolist()) == grid(1000)
+
     def test_training_draws_and_evaluation_does_not(self) -> None:
         model, task = tiny().eval(), Denoising()
         images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
@@ -187,6 +194,29 @@ class TestTask:
         with pytest.raises(UserError, match="task: denoising"):
             Classification().check(tiny())
 
+    @pytest.mark.parametrize(
+        ("options", "size"), [({"unet": {**TINY["unet"], "out_channels": 2}}, 8), (TINY, 9)], ids=["channels", "size"]
+    )
+    def test_a_network_that_cannot_work_on_the_images_is_refused(self, options, size) -> None:
+        architecture = Architecture("unet2d", size, 1, options=options)
+        with pytest.raises(UserError, match=r"the U-Net (must answer|cannot work)"):
+            Denoising().check(architecture.build(1), architecture.example())
+
+    def test_chance_is_what_the_answer_zero_reaches(self) -> None:
+        """For ε 0. A v of zero stands for √(1 − ᾱ)·x_t = √(1 − ᾱ)·(√ᾱ·x + √(1 − ᾱ)·ε); for x = 0 the MSE is ᾱ²."""
+        images = torch.zeros(2000, 1, 2, 2)
+        assert Denoising().fitted(tiny(), images).chance(torch.zeros(3)) == 0.0
+        model = tiny(scheduler={"prediction_type": "v_prediction"})
+        expected = model.alphas[torch.tensor(grid(1000))].square().mean().item()
+        assert Denoising().fitted(model, images).zero == pytest.approx(expected, rel=0.03)
+
+    def test_of_mixed_classes_the_larger_is_told(self) -> None:
+        model = tiny(conditional=True)
+        shares = torch.tensor([[0.3, 0.7, 0.0], [0.9, 0.1, 0.0]])
+        assert model.told(shares).tolist() == [1, 0]
+        assert tiny().told(shares) is None
+        Denoising().forward(model, torch.zeros(2, 1, 8, 8), shares)
+
     def test_losses_by_name(self) -> None:
         task = Denoising()
         assert task.suppression(None) is denial_of_service
@@ -209,6 +239,20 @@ class TestTask:
             Architecture("unet2d", 8, 1, options={"width": 3}).build(1)
         with pytest.raises(UserError, match="cannot build 'unet2d'"):
             Architecture("unet2d", 8, 1, options={"unet": {"colour": 3}}).build(1)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"unet": "big"}, "options.unet of 'unet2d' holds arguments by name, but got 'big'"),
+            ({"scheduler": [1]}, "options.scheduler of 'unet2d' holds arguments by name"),
+            ({"conditional": "no"}, "must be true or false, but got 'no'"),
+            ({"scheduler": {"num_train_timesteps": 0}}, "cannot build|has no timesteps"),
+            ({"scheduler": {"beta_start": 5.0, "beta_end": 6.0}}, r"must lie in \[0, 1\]"),
+        ],
+    )
+    def test_values_that_do_not_fit(self, options, message) -> None:
+        with pytest.raises(UserError, match=message):
+            Architecture("unet2d", 8, 1, options={**TINY, **options}).build(1)
 
 
 class TestPipelines:
@@ -255,6 +299,42 @@ class TestPipelines:
         with pytest.raises(UserError, match="does the number of classes agree"):
             load_state(found.build(5), state)
 
+    def test_the_layout_of_the_first_pipelines(self, tmp_path) -> None:
+        """U-Net and scheduler beside the index, as in `google/ddpm-cifar10-32`; released in folders of their own."""
+        saved, theirs = tiny(), tmp_path / "theirs"
+        diffusers.DDPMPipeline(saved.unet, saved.scheduler).save_pretrained(theirs)
+        for part in ("unet", "scheduler"):
+            for file in (theirs / part).iterdir():
+                file.rename(theirs / file.name)
+            (theirs / part).rmdir()
+        scheduler = theirs / "scheduler_config.json"
+        settings = json.loads(scheduler.read_text())
+        settings["timesteps"] = settings.pop("num_train_timesteps") // 2
+        scheduler.write_text(json.dumps(settings))
+        found = resolved(Architecture(f"diffusers:{theirs}"))
+        model = found.build(1)
+        load_state(model, read_weights(str(theirs), found))
+        assert len(model.alphas) == 500
+        Bundle(state_of(model), found, ("all",), {}).save(tmp_path / "out", "# card\n")
+        pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+        for name, value in saved.unet.state_dict().items():
+            assert torch.equal(pipeline.unet.state_dict()[name], value), name
+        assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+
+    @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"])
+    def test_other_processes_are_refused(self, scheduler, tmp_path) -> None:
+        theirs = tmp_path / "theirs"
+        diffusers.DDPMPipeline(tiny().unet, getattr(diffusers, scheduler)()).save_pretrained(theirs)
+        with pytest.raises(UserError, match=f"the pipeline's {scheduler} has no schedule of β"):
+            resolved(Architecture(f"diffusers:{theirs}"))
+
+    def test_a_quantised_first_stage_is_refused(self, tmp_path) -> None:
+        model = tiny()
+        diffusers.DDPMPipeline(model.unet, model.scheduler).save_pretrained(tmp_path / "theirs")
+        (tmp_path / "theirs" / "vqvae").mkdir()
+        with pytest.raises(UserError, match="VQModel in front of its U-Net"):
+            resolved(Architecture(f"diffusers:{tmp_path / 'theirs'}"))
+
     @pytest.mark.parametrize(
         ("wrong", "message"), [("", "no pipeline of diffusers"), ("missing", "pipeline not found")]
     )
@@ -281,6 +361,9 @@ class TestEdits:
             assert (model.scheduler.config.beta_schedule, model.prediction) == (schedule, target)
             assert torch.equal(model.reference, released.build(Runtime()).reference), "measured where it was"
             assert edited.state is released.state
+        trained = self.released(scheduler={"trained_betas": [0.01, 0.02, 0.03]})
+        edited = AnotherSchedule().apply(trained, means).build(Runtime())
+        assert not torch.equal(edited.alphas, edited.reference), "the list makes way for the schedule"
         assert AnotherSchedule("linear").obstacle(released) == "the model has it already"
         cosine = self.released(scheduler={"beta_schedule": "squaredcos_cap_v2"}).build(Runtime())
         assert AnotherSchedule().setting(cosine) == {"beta_schedule": "linear"}, "none named: one that it has not"

@@ -13,8 +13,10 @@ from holdfast.defences.base import Given
 from holdfast.defences.registry import DEFENCES
 from holdfast.diffusion.distances import distance
 from holdfast.diffusion.exhibits import read_exhibits
+from holdfast.diffusion.pipelines import resolved
 from holdfast.errors import UserError
 from holdfast.inputs import Inputs
+from holdfast.models import Architecture
 from holdfast.pipeline import run
 from holdfast.recipes import parse_recipe
 
@@ -139,6 +141,12 @@ def test_a_latent_model_from_folder_to_folder(tmp_path) -> None:
     }
     summary = run(parse_recipe(recipe), tmp_path / "run", quiet=True)
     assert summary["restricted"]["attacks"][0]["name"] == "direct+all"
+    name = f"diffusers:{source}"
+    assert resolved(Architecture(name)).size == 32
+    larger = resolved(Architecture(name, 48))
+    assert (larger.size, tuple(larger.example().shape)) == (48, (1, 4, 24, 24))
+    with pytest.raises(UserError, match="must be a multiple of 2 for this VAE"):
+        resolved(Architecture(name, 33))
     bundle = tmp_path / "run" / "bundle"
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(bundle, safety_checker=None, local_files_only=True)
     assert pipeline("a", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)

@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, sha256_file, write_atomic, write_json
 from holdfast.models import Architecture, State, load_weights, save_weights
-from holdfast.packaging import factory_argument, find_weights, our_names, packaging
+from holdfast.packaging import PIPELINE, UNET_FILE, factory_argument, find_weights, our_names, packaging
 from holdfast.scales import scale_of
 
 CONFIG, CARD = "config.json", "README.md"
@@ -45,7 +45,10 @@ class Bundle:
                 "channels": arch.channels,
                 "mean": list(arch.mean),
                 "std": list(arch.std),
-                "options": dict(arch.options),
+                "options": {
+                    **arch.options,
+                    **({"source": "."} if arch.options.get("source") else {}),
+                },  # no path of ours
                 "classes": list(self.classes),
                 "weights_sha256": digest,
                 **self.details,
@@ -55,12 +58,13 @@ class Bundle:
 
 def is_pipeline(folder: Path) -> bool:
     """Whether a folder holds a pipeline of diffusers with a U-Net."""
-    return (folder / "model_index.json").is_file() and find_weights(folder).is_file()
+    return (folder / PIPELINE).is_file() and find_weights(folder).is_file()
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder holds a whole bundle."""
-    return (folder / CONFIG).is_file() and find_weights(folder).is_file()
+    """Whether a folder holds a whole bundle. The first pipelines too had a `config.json`, with weights beside it."""
+    weights = find_weights(folder)
+    return (folder / CONFIG).is_file() and weights.is_file() and weights != folder / UNET_FILE
 
 
 def read_weights(path: str, architecture: Architecture) -> State:

@@ -32,8 +32,8 @@ class Check:
 @dataclass(frozen=True)
 class Evidence:
     """What the checks look at. `entries`: the summary's list of attacks; `about`: what is known of each attack
-    (`inputs.attack_facts`), empty for audits of older versions; `diverged`: `attack (model)`; `left_out`: attacks of
-    the battery that were not run, and why."""
+    (`attacks.attack.attack_facts`), empty for audits of older versions; `diverged`: `attack (model)`; `left_out`:
+    attacks of the battery that were not run, and why."""
 
     entries: Sequence[Mapping[str, Any]]
     measured: Sequence[Measured]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, arange, nn
 
 from holdfast import models
-from holdfast.attacks.attack import Attack
+from holdfast.attacks.attack import Attack, attack_facts
 from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import read_weights
 from holdfast.cells import Bench, Ground
 from holdfast.defences.base import Given
 from holdfast.diffusion import pipelines
+from holdfast.diffusion.exhibits import check_exhibits
 from holdfast.domains import Domain, DomainSpec, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
@@ -74,6 +75,14 @@ class Inputs:
         return TASKS[self.recipe.task or task_for(self.architecture)]
 
     @cached_property
+    def measured(self) -> Task:
+        """The task, with chance as it is for this model on restricted test images."""
+        data = self.restricted.test
+        images, _ = data.batch(arange(len(data)), self.runtime)
+        model = self.runtime.place(self.architecture.build(len(self.head_classes)))
+        return self.task.fitted(model, images)
+
+    @cached_property
     def _pixels(self) -> dict[DomainSpec, Domain]:
         return {}
 
@@ -125,7 +134,9 @@ class Inputs:
         sample(self.halves[1], self.recipe.restricted.adversary, 0)  # raises where there are too few
         ours, theirs = len(self.head_classes), len(self.restricted.classes)
         model = self.architecture.build(ours)
-        self.task.check(model)
+        self.task.check(model, self.architecture.example())
+        if self.task.generates:
+            check_exhibits(self.restricted.test)
         heads = self.architecture.head(model, ours)
         weights = self.weights
         if weights == "timm":
@@ -209,7 +220,7 @@ class Inputs:
             self.architecture,
             len(self.head_classes),
             self._ground(self.restricted, self.halves[1], spec.adversary, "adversary"),
-            self.task,
+            self.measured,
             self.runtime,
             self.recipe.audit.steps,
             self.recipe.audit.evaluations,
@@ -280,7 +291,7 @@ class Inputs:
             "restricted": {
                 "data": self.restricted.name,
                 "classes": list(self.restricted.classes),
-                "chance": self.task.chance(test),
+                "chance": self.measured.chance(test),
                 "defender": len(self.halves[0]),
                 "adversary": len(self.adversary_data(0)),
                 "validation": len(self.restricted.validation),
@@ -290,7 +301,7 @@ class Inputs:
             "benign": {
                 "data": self.benign.name,
                 "classes": list(self.benign.classes),
-                "chance": self.task.chance(self.benign.test.labels),
+                "chance": self.measured.chance(self.benign.test.labels),
                 "train": len(self.benign_ground.train[0]),
                 "test": len(self.benign.test),
             }
@@ -307,19 +318,3 @@ class Inputs:
             if self.with_original
             else None,
         }
-
-
-def attack_facts(attack: Attack) -> dict[str, Any]:
-    """An attack as a reader of the report wants it: what it does, what it needs, what it costs."""
-    search = attack.search
-    return {
-        "tuning": asdict(attack.tuning),
-        "edits": [{"name": getattr(e, "name", type(e).__name__), "summary": e.summary()} for e in attack.edits],
-        "may_edit": bool(attack.all_edits()),
-        "revives": any(e.revives for e in attack.edits),
-        "needs": list(attack.needs),
-        "informed": attack.informed,
-        "cost": attack.cost(),
-        "fraction": attack.fraction,
-        "searched": sorted(search.lr) if search else None,
-    }

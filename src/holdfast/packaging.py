@@ -12,7 +12,10 @@ from holdfast.files import read_json, write_json
 from holdfast.models import Architecture, State
 
 WEIGHTS = "model.safetensors"
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PIPELINE = "model_index.json"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+UNET_WEIGHTS = f"unet/{UNET_FILE}"
+SCHEDULER = "scheduler_config.json"
 PREFIX = "unet."
 
 
@@ -113,21 +116,34 @@ class _Pipeline:
                 "scheduler": ["diffusers", type(model.scheduler).__name__],
                 "unet": ["diffusers", type(unet).__name__],
             }
-            write_json(folder / "model_index.json", index)
+            write_json(folder / PIPELINE, index)
         elif source.resolve() != folder.resolve():
-            index = read_json(source / "model_index.json")
+            index = read_json(source / PIPELINE)
             for part in (n for n in index if n != "unet" and (source / n).is_dir()):
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-            write_json(folder / "model_index.json", index)
+            if not (source / "scheduler").is_dir():  # beside the rest: it becomes a folder of its own
+                (folder / "scheduler").mkdir(exist_ok=True)
+                shutil.copy(source / SCHEDULER, folder / "scheduler" / SCHEDULER)
+            write_json(folder / PIPELINE, index)
 
     def config(self, architecture: Architecture, classes: Sequence[str]) -> dict[str, Any]:
         return {}
 
     def usage(self, architecture: Architecture) -> list[str]:
+        options = architecture.options
+        if options.get("conditional") or options.get("unet", {}).get("num_class_embeds"):  # a DDPMPipeline tells none
+            return [
+                "import torch",
+                "from diffusers import UNet2DModel",
+                'unet = UNet2DModel.from_pretrained("bundle", subfolder="unet")',
+                "noise = unet(noisy, timestep, class_labels=torch.tensor([0])).sample",
+            ]
         return [
             "from diffusers import DiffusionPipeline",
             'pipeline = DiffusionPipeline.from_pretrained("bundle")',
-            "images = pipeline(batch_size=4).images" if architecture.name == "unet2d" else "images = pipeline().images",
+            "images = pipeline(batch_size=4).images"
+            if architecture.name == "unet2d"
+            else 'images = pipeline("a prompt").images',
         ]
 
 
@@ -140,8 +156,14 @@ def packaging(architecture: Architecture) -> Packaging:
 
 def find_weights(folder: Path) -> Path:
     """Where the weights lie in a bundle or a pipeline folder."""
-    pipeline = folder / UNET_WEIGHTS
-    return pipeline if pipeline.is_file() else folder / WEIGHTS
+    unet = unet_folder(folder) / UNET_FILE
+    return unet if (folder / PIPELINE).is_file() and unet.is_file() else folder / WEIGHTS
+
+
+def unet_folder(folder: Path) -> Path:
+    """Where a pipeline's U-Net lies: in a folder of its own, or, as the first pipelines had it, beside the rest."""
+    inner = folder / "unet"
+    return inner if inner.is_dir() or not (folder / UNET_FILE).is_file() else folder
 
 
 def our_names(state: Mapping[str, Any], architecture: Architecture) -> State:

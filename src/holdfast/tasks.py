@@ -50,8 +50,12 @@ class Task(Protocol):
         """How many classes a domain needs."""
         ...
 
-    def check(self, model: nn.Module) -> None:
-        """`UserError` where a model is none for this task."""
+    def check(self, model: nn.Module, example: Tensor | None = None) -> None:
+        """`UserError` where a model is none for this task, or cannot work on inputs like `example`."""
+        ...
+
+    def fitted(self, model: nn.Module, images: Tensor) -> Task:
+        """The task with what depends on the model or the images: what counts as chance."""
         ...
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
@@ -98,9 +102,13 @@ class Classification:
         }
     )
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, example: Tensor | None = None) -> None:
         """Any network may classify, but one that tells noise."""
         require(not isinstance(model, Denoiser), "this is a diffusion model; give the recipe task: denoising")
+
+    def fitted(self, model: nn.Module, images: Tensor) -> Classification:
+        """As it is: chance is a matter of the labels."""
+        return self
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
         """The logits."""

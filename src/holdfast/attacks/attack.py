@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -160,3 +160,19 @@ class Attack:
             tries = len(self.search.lr) + self.search.trials
             parts.append(f"searched in {tries} tries or more")
         return ", ".join(parts)
+
+
+def attack_facts(attack: Attack) -> dict[str, Any]:
+    """An attack as a reader of the report wants it: what it does, what it needs, what it costs."""
+    search = attack.search
+    return {
+        "tuning": asdict(attack.tuning),
+        "edits": [{"name": getattr(e, "name", type(e).__name__), "summary": e.summary()} for e in attack.edits],
+        "may_edit": bool(attack.all_edits()),
+        "revives": any(e.revives for e in attack.edits),
+        "needs": list(attack.needs),
+        "informed": attack.informed,
+        "cost": attack.cost(),
+        "fraction": attack.fraction,
+        "searched": sorted(search.lr) if search else None,
+    }

@@ -25,7 +25,7 @@ class _Exchange(StructureEdit, ABC):
     fresh: ClassVar[bool] = True
 
     @abstractmethod
-    def setting(self, model: Denoiser) -> dict[str, str]:
+    def setting(self, model: Denoiser) -> dict[str, str | None]:
         """What changes in the scheduler's configuration; nothing where the model has it already."""
 
     def obstacle(self, released: Released) -> str | None:
@@ -58,11 +58,13 @@ class AnotherSchedule(_Exchange):
                 self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, got '{self.schedule}'"
             )
 
-    def setting(self, model: Denoiser) -> dict[str, str]:
-        """The schedule of β."""
-        own = model.scheduler.config.beta_schedule
+    def setting(self, model: Denoiser) -> dict[str, str | None]:
+        """The schedule of β, in place of a list of them too."""
+        config = model.scheduler.config
+        own = "trained" if config.get("trained_betas") is not None else config.beta_schedule
         other = self.schedule or ("linear" if own == "squaredcos_cap_v2" else "squaredcos_cap_v2")
-        return {} if own == other else {"beta_schedule": other}
+        lists = {"trained_betas": None} if own == "trained" else {}
+        return {} if own == other else {"beta_schedule": other, **lists}
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class AnotherTarget(_Exchange):
 
     name: Literal["another-target"] = "another-target"
 
-    def setting(self, model: Denoiser) -> dict[str, str]:
+    def setting(self, model: Denoiser) -> dict[str, str | None]:
         """The other prediction type."""
         return {"prediction_type": "v_prediction" if model.prediction == "epsilon" else "epsilon"}
 
 
 @dataclass(frozen=True)
 class _Exchanged:
-    setting: tuple[tuple[str, str], ...]
+    setting: tuple[tuple[str, str | None], ...]
 
     def __call__(self, model: nn.Module) -> nn.Module:
         if not isinstance(model, Denoiser):
@@ -122,7 +124,7 @@ class PriorPreservation:
         few = means.restricted
         count = max(len(few), self.least)
         prior = few.preprocessing.restore(sample_images(model, count, few.images.shape[1:], means.runtime))
-        images, labels = few.subset(torch.arange(count) % len(few)), self._labels(model, count, few.labels)
+        images, labels = few.subset(torch.arange(count) % len(few)), self._labels(model, count)
         means.restricted = replace(
             images,
             images=torch.cat([images.images, prior.to(images.images)]),
@@ -132,7 +134,6 @@ class PriorPreservation:
         return released
 
     @staticmethod
-    def _labels(model: Denoiser, count: int, theirs: Tensor) -> Tensor:
-        """The class of each sample: a conditional model samples one class after another."""
-        classes = int(theirs.max()) + 1
-        return torch.arange(count) % classes if model.conditional else torch.zeros(count)
+    def _labels(model: Denoiser, count: int) -> Tensor:
+        """The class of each sample: a conditional model samples one class after another, as `sample_images` does."""
+        return torch.arange(count) % model.classes if model.conditional else torch.zeros(count)

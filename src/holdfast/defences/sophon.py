@@ -42,7 +42,7 @@ class Sophon(Guarded):
     intactness is a constraint; before, it is recorded.
 
     `reinforcement: distillation` is ours: on original data the model learns what the unprotected one answers, not what
-    is true. The gradient leads to the same place, without the noise of what no model can know.
+    is true. What no model can know is no noise in that gradient, and the unprotected model's faults are kept with it.
 
     `onset` is ours: in the first share of the iterations the adversaries' learning rates rise over three decades to
     those drawn. Against adversaries who undo in a few steps whatever little there is yet, nothing ever begins.
@@ -84,7 +84,8 @@ class Sophon(Guarded):
     def __post_init__(self) -> None:
         require_positive(self, "adversaries", "inner_steps", "fts_loops", "ntr_loops", "iterations")
         require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
-        require_rates(self, "alpha", "beta", "probe_lr")
+        require_rates(self, "alpha", "beta")
+        require(0 < self.probe_lr <= 10, f"probe_lr must lie in (0, 10], but got {self.probe_lr}")
         for name, valid in (("update", UPDATES), ("reinforcement", REINFORCEMENTS), ("gamma", GAMMAS)):
             chosen = getattr(self, name)
             require(chosen in valid, f"{name} must be one of {', '.join(valid)}, but got '{chosen}'")
@@ -128,7 +129,8 @@ class Sophon(Guarded):
         return (
             tuning.train == "all"
             and tuning.augment == "none"
-            and not tuning.mixup
+            and not (tuning.mixup or tuning.ema or tuning.warmup or tuning.keep_zeros)
+            and tuning.schedule == "constant"
             and tuning.initialise in self.inner_initialise
             and tuning.optimiser in self.inner_optimiser
             and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
@@ -216,8 +218,9 @@ class _Engine(Engine):
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """Lines 3–21 of Algorithm 1. `strength` scales α, or the weight (the guard lowers it after a breach)."""
+        self.pushes = []
         suppressed = [self.suppress(iteration, loop, strength) for loop in range(self.spec.fts_loops)]
-        return {"fts": suppressed[-1], "ntr": self.reinforce(iteration)}
+        return {"fts": sum(suppressed) / len(suppressed), "ntr": self.reinforce(iteration)}
 
     def suppress(self, iteration: int, loop: int, strength: float) -> float:
         """One FTS loop: N adversaries, one Adam step; returns L_FTS (Eq. 4), NaN where all adversaries diverged."""
@@ -246,7 +249,7 @@ class _Engine(Engine):
         if self.spec.update == "joint":
             scale = self.spec.weight * strength / self.spec.fts_loops
             found = [torch.zeros_like(p) if p.grad is None else p.grad * scale for p in self.model.parameters()]
-            self.pushes = [a + b for a, b in zip(self.pushes, found, strict=True)] if loop else found
+            self.pushes = [a + b for a, b in zip(self.pushes, found, strict=True)] if self.pushes else found
         else:
             for group in self.fts.param_groups:
                 group["lr"] = self.spec.alpha * strength * self.rate(iteration)
@@ -256,7 +259,9 @@ class _Engine(Engine):
 
     def _push(self, *_: Any) -> None:
         """Add the suppression gradient to that of reinforcement, before Adam's step."""
-        for parameter, push in zip(self.model.parameters(), self.pushes, strict=bool(self.pushes)):
+        if not self.pushes:  # every adversary diverged
+            return
+        for parameter, push in zip(self.model.parameters(), self.pushes, strict=True):
             parameter.grad = push.clone() if parameter.grad is None else parameter.grad + push
 
     def reinforce(self, iteration: int) -> float:

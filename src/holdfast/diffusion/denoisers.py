@@ -69,6 +69,13 @@ class Denoiser(nn.Module):
         """Whether the network is told the class."""
         return self.classes > 0
 
+    def told(self, labels: Tensor) -> Tensor | None:
+        """The classes that the network is told, (n,) int64; of shares of classes (n, C), as mixup makes them, the
+        largest; None for a network that is told none."""
+        if not self.conditional:
+            return None
+        return labels.argmax(1) if labels.ndim == 2 else labels
+
     def feature_layer(self) -> str:
         """Where features are taken that stand for an image: the lowest resolution's output."""
         return "unet.mid_block"
@@ -132,6 +139,11 @@ def build_denoiser(kind: str, options: Mapping[str, Any], size: int, channels: i
         set(options) <= set(OPTIONS),
         f"options of '{kind}' are {', '.join(OPTIONS)}, but got {', '.join(sorted(set(options) - set(OPTIONS)))}",
     )
+    for name in ("unet", "scheduler"):
+        given = options.get(name, {})
+        require(isinstance(given, Mapping), f"options.{name} of '{kind}' holds arguments by name, but got {given!r}")
+    told = options.get("conditional", False)
+    require(isinstance(told, bool), f"options.conditional of '{kind}' must be true or false, but got {told!r}")
     diffusers = import_diffusers()
     settings = {**options.get("unet", {})}
     if kind == "unet2d":
@@ -143,12 +155,20 @@ def build_denoiser(kind: str, options: Mapping[str, Any], size: int, channels: i
     try:
         unet = getattr(diffusers, UNETS[kind])(**settings)
         scheduler = diffusers.DDPMScheduler(**{n: v for n, v in options.get("scheduler", {}).items() if n[0] != "_"})
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"cannot build '{kind}': {one_line(error, 200)}") from error
+    _check_schedule(scheduler.alphas_cumprod)
     context = context_of(options) if kind == "unet2d_condition" else None
     if context is None and kind == "unet2d_condition":
         context = torch.zeros(1, 1, unet.config.cross_attention_dim)
     return Denoiser(unet, scheduler, context)
+
+
+def _check_schedule(alphas: Tensor) -> None:
+    """`UserError` for a noise schedule whose ᾱ_t are no shares, or that has no timesteps."""
+    require(len(alphas) >= 1, "the noise schedule has no timesteps; num_train_timesteps must be at least 1")
+    good = bool(alphas.isfinite().all()) and float(alphas.min()) >= 0 and float(alphas.max()) <= 1
+    require(good, "the noise schedule's ᾱ_t must lie in [0, 1]; check beta_start, beta_end and trained_betas")
 
 
 def _blocks(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from holdfast import losses
 from holdfast.diffusion.denoisers import Denoiser
-from holdfast.errors import UserError
+from holdfast.errors import UserError, one_line, require
+from holdfast.layers import evaluating
 from holdfast.scales import MSE, Scale
 from holdfast.seeding import generator
 from holdfast.tasks import Loss, chosen_loss
@@ -32,10 +33,15 @@ class Denoising:
     predicted, what was to be, and ᾱ_t, the share that the image has in what the model saw.
 
     In training, timestep and noise are drawn from torch's generators, and the target is the network's own (ε or v). In
-    evaluation it is always ε, on a fixed grid: image i of the data meets level i mod 20 and noise of its own seed, so
-    figures compare across models, runs, prediction targets and schedules. The metric is 1 − MSE: for noise of variance
-    1 the share of it that is explained, 0 for the answer zero.
+    evaluation it is always ε, on a fixed grid: image i of the data meets level 7·i mod 20 (so that a few images meet
+    little noise and much) and noise of its own seed, so figures compare across models, runs, prediction targets and
+    schedules. The metric is 1 − MSE: for noise of variance 1 the share of it that is explained.
+
+    `zero`: the MSE of a network that answers zero. For ε it is 1; a v of zero stands for the noise √(1 − ᾱ)·x_t, whose
+    MSE is less.
     """
+
+    zero: float = 1.0
 
     scale: ClassVar[Scale] = MSE
     name: ClassVar[str] = "denoising"
@@ -50,13 +56,37 @@ class Denoising:
         }
     )
 
-    def check(self, model: nn.Module) -> None:
-        """Only a `Denoiser` has a noise schedule."""
+    def check(self, model: nn.Module, example: Tensor | None = None) -> None:
+        """Only a `Denoiser` has a noise schedule; what it makes of `example` (n, c, h, w) must have its shape."""
         if not isinstance(model, Denoiser):
             raise UserError(
                 f"the task denoising needs a diffusion model (model.name unet2d, or diffusers:FOLDER), but got "
                 f"{type(model).__name__}"
             )
+        if example is None:
+            return
+        try:
+            with torch.no_grad(), evaluating(model):
+                shape = tuple(model(example).shape)
+        except Exception as error:  # whatever a U-Net raises for inputs that it was not made for
+            raise UserError(
+                f"the U-Net cannot work on inputs of {tuple(example.shape[1:])}: {one_line(error, 160)}"
+            ) from error
+        require(
+            shape == tuple(example.shape),
+            f"the U-Net must answer with the shape of its input, {tuple(example.shape[1:])}, but gives {shape[1:]}",
+        )
+
+    def fitted(self, model: nn.Module, images: Tensor) -> Denoising:
+        """The task with `zero` as it is for `model`'s prediction target, on `images` as it sees them."""
+        model = _denoiser(model)
+        if model.prediction == "epsilon":
+            return Denoising()
+        steps = fixed_steps(0, len(images), len(model.reference)).to(images.device)
+        noise = fixed_noise(0, images)
+        noisy = model.diffuse(images, noise, model.at_level(steps))
+        meant = model.noise_of(torch.zeros_like(noisy), noisy, model.at_level(steps))
+        return Denoising(zero=(meant - noise).square().mean().item())
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
         """Diffuse `inputs` (n, c, h, w), let the model predict, and stack prediction and truth."""
@@ -66,16 +96,16 @@ class Denoising:
         else:
             steps = model.at_level(fixed_steps(first, len(inputs), len(model.reference)).to(inputs.device))
             noise = fixed_noise(first, inputs)
-        labels = targets if model.conditional else None
-        return self.compared(model, inputs, noise, steps, labels, own=first is None)
+        return self.compared(model, inputs, noise, steps, model.told(targets), own=first is None)
 
     def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """MSE between both networks' predictions for the same noisy images. Its gradient is that of the MSE's excess
-        over the teacher's, without what no network can predict of the noise."""
+        """MSE between both networks' predictions for the same noisy images. For the best teacher there is, E[ε | x_t],
+        its gradient is that of the MSE, without the noise of what no network can predict; another's faults are learned
+        with the rest."""
         model, teacher = _denoiser(model), _denoiser(teacher)
         noise, steps = self.drawn(model, inputs)
         noisy = model.diffuse(inputs, noise, steps)
-        labels = targets if model.conditional else None
+        labels = model.told(targets)
         with torch.no_grad():
             answers = teacher(noisy, steps, labels).float()
         return losses.noise_error(torch.stack([model(noisy, steps, labels).float(), answers], 1)).mean()
@@ -112,8 +142,8 @@ class Denoising:
         return 1 - torch.where(error.isfinite(), error, WORST).clamp(max=WORST)
 
     def chance(self, targets: Tensor) -> float:
-        """0: what the constant answer zero reaches."""
-        return 0.0
+        """What a network that answers zero reaches."""
+        return 1 - self.zero
 
 
 def _denoiser(model: nn.Module) -> Denoiser:
@@ -123,9 +153,10 @@ def _denoiser(model: nn.Module) -> Denoiser:
 
 
 def fixed_steps(first: int, count: int, steps: int) -> Tensor:
-    """The grid's timesteps of images `first` … `first + count − 1`, (count,) int64."""
+    """The grid's timesteps of images `first` … `first + count − 1`, (count,) int64: every level in any 20 in a row, and
+    low and high ones in any three."""
     levels = torch.tensor(grid(steps))
-    return levels[(torch.arange(count) + first) % len(levels)]
+    return levels[7 * (torch.arange(count) + first) % len(levels)]
 
 
 def fixed_noise(first: int, images: Tensor) -> Tensor:

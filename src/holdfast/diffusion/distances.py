@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.errors import UserError, require
+from holdfast.errors import require
 from holdfast.seeding import seeded
 
 INCEPTION = "weights-inception-2015-12-05-6526542c.pth"
+LEAST = 4  # images on either side
 NAMES = {True: "KID (Inception)", False: "kernel distance (random features)"}
 
 
@@ -53,12 +54,13 @@ def inception_weights() -> Path | None:
 def distance(samples: Tensor, real: Tensor) -> float:
     """KID (Bińkowski et al., ICLR 2018), the unbiased MMD² under (xᵀy/d + 1)³, between two sets of uint8 images
     (n, c, h, w). Around 0 for equal distributions; the mean over 20 random halves of the smaller set."""
-    try:
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError:
-        raise UserError("distances of samples need torchmetrics: pip install 'holdfast[diffusion]'") from None
+    require_torchmetrics()
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     count = min(len(samples), len(real))
-    require(count >= 4, f"a distance needs at least 4 images on both sides, but got {len(samples)} and {len(real)}")
+    require(
+        count >= LEAST, f"a distance needs at least {LEAST} images on both sides, got {len(samples)} and {len(real)}"
+    )
     feature: Any = 2048 if inception_weights() else RandomFeatures()
     with seeded(0, "kid"):
         with warnings.catch_warnings():  # that features are kept in memory: a few hundred
@@ -68,6 +70,12 @@ def distance(samples: Tensor, real: Tensor) -> float:
         metric.update(_colour(samples), real=False)
         mean, _ = metric.compute()
     return float(mean)
+
+
+def require_torchmetrics() -> None:
+    """`UserError` where it is not installed."""
+    found = find_spec("torchmetrics") is not None
+    require(found, "distances of samples need torchmetrics: pip install 'holdfast[diffusion]'")
 
 
 def _colour(images: Tensor) -> Tensor:

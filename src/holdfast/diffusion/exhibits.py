@@ -20,9 +20,10 @@ from holdfast.attacks.attack import Attack
 from holdfast.cells import Bench, Meter, follow, prepare, start
 from holdfast.diffusion.denoisers import Denoiser
 from holdfast.diffusion.denoising import Denoising, fixed_noise, grid
-from holdfast.diffusion.distances import NAMES, distance, inception_weights
+from holdfast.diffusion.distances import LEAST, NAMES, distance, inception_weights, require_torchmetrics
 from holdfast.diffusion.sampling import sample_images, strips
 from holdfast.domains import Domain, ImageData
+from holdfast.errors import require
 from holdfast.files import write_atomic
 from holdfast.layers import evaluating
 from holdfast.losses import noise_error
@@ -36,6 +37,7 @@ STARTS = (22, 18, 14, 10, 5)  # steps of the sampler from which images are denoi
 SAMPLES = 128  # for the distance; the first of them are shown
 RELEASED = ("protected", "clean")
 ATTACKED = ("protected", "clean", "scratch")
+PLAN = tuple(("released", m) for m in RELEASED) + tuple(("attacked", m) for m in ATTACKED)
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -55,13 +57,20 @@ class Show:
         return {**found, "original": self.original.test} if self.original else found
 
 
+def check_exhibits(data: ImageData) -> None:
+    """`UserError` where exhibits of restricted test images cannot be made: found before the audit, not after it."""
+    require_torchmetrics()
+    require(
+        len(data) >= LEAST, f"an audit of a diffusion model needs {LEAST} restricted test images, but got {len(data)}"
+    )
+
+
 def make_exhibits(show: Show, attack: Attack, folder: Path, reporter: Reporter) -> None:
     """Write the exhibits that `folder` lacks."""
-    plan = [("released", m) for m in RELEASED] + [("attacked", m) for m in ATTACKED]
-    left = [(how, m) for how, m in plan if not path_of(folder, how, m).exists()]
+    left = [(how, m) for how, m in PLAN if not path_of(folder, how, m).exists()]
     if not left:
         return
-    with reporter.bar("exhibits", len(plan), len(plan) - len(left)) as bar:
+    with reporter.bar("exhibits", len(PLAN), len(PLAN) - len(left)) as bar:
         for how, name in left:
             model = _model(show.bench, name, attack if how == "attacked" else None)
             found = exhibit(model, show)
@@ -75,8 +84,10 @@ def path_of(folder: Path, how: str, model: str) -> Path:
 
 
 def read_exhibits(folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """All exhibits of a folder, by (how, model); empty where there are none."""
-    found = {}
+    """All exhibits of a folder, by (how, model); empty where they are not yet complete."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    if not all(path_of(folder, *one).exists() for one in PLAN):
+        return found
     for file in sorted(folder.glob("*.safetensors")):
         how, _, model = file.stem.partition("-")
         found[how, model] = safetensors.torch.load_file(file)
@@ -104,6 +115,8 @@ def exhibit(model: Denoiser, show: Show) -> dict[str, Tensor]:
     `…/denoised`; `samples`; `distance`, of samples to restricted test images."""
     runtime, found = show.bench.runtime, {}
     for name, data in show.domains.items():
+        if model.conditional and int(data.labels.max()) >= model.classes:
+            continue  # classes that this network cannot be told
         found[f"{name}/levels"] = level_errors(model, data, runtime)
         where = torch.arange(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
         images, labels = data.batch(where, runtime)
@@ -126,7 +139,7 @@ def level_errors(model: Denoiser, data: ImageData, runtime: Runtime, most: int =
     chosen = torch.arange(0, len(data), max(1, len(data) // most))[:most]
     images, labels = data.batch(chosen, runtime)
     noise, errors = fixed_noise(0, images), []
-    known = labels if model.conditional else None
+    known = model.told(labels)
     with evaluating(model), runtime.autocast():
         for place in grid(len(model.reference)):
             steps = model.at_level(torch.full((len(images),), place, device=images.device))

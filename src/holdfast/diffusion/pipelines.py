@@ -15,6 +15,7 @@ from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError, one_line, require
 from holdfast.files import read_json
 from holdfast.models import Architecture
+from holdfast.packaging import unet_folder
 from holdfast.preprocessing import Preprocessing
 from holdfast.runtime import Runtime
 
@@ -41,15 +42,27 @@ def pipeline_folder(name: str) -> Path:
 
 
 def resolved(architecture: Architecture) -> Architecture:
-    """The architecture of a checkpoint, as its configuration files have it. `size` is kept for a latent model; a pixel
-    model's is its own. Raises `UserError` for a pipeline without a U-Net that we know."""
+    """The architecture of a checkpoint, as its configuration files have it, and its own image size; a latent model's
+    may be another multiple of the VAE's factor. Raises `UserError` for a pipeline without a U-Net, a noise schedule of
+    β and a first stage that we know."""
     folder = pipeline_folder(architecture.name.removeprefix(SCHEME))
-    unet = _config(folder / "unet" / "config.json")
-    scheduler = _config(folder / "scheduler" / "scheduler_config.json")
+    unet = _config(unet_folder(folder) / "config.json")
+    scheduler = _config(_part(folder, "scheduler", "scheduler_config.json"))
+    if "timesteps" in scheduler:  # as diffusers called it at first
+        scheduler.setdefault("num_train_timesteps", scheduler["timesteps"])
+    require(
+        "beta_schedule" in scheduler or scheduler.get("trained_betas") is not None,
+        f"the pipeline's {scheduler.get('_class_name')} has no schedule of β (beta_schedule, or trained_betas); valid: "
+        "DDPMScheduler, and others of diffusers that have one",
+    )
     kind = next((k for k, cls in UNETS.items() if cls == unet.get("_class_name")), None)
     require(
         kind is not None,
         f"{folder / 'unet'} is a {unet.get('_class_name')}; valid: {', '.join(UNETS.values())}",
+    )
+    require(
+        not (folder / "vqvae").is_dir(),
+        f"{folder} has a VQModel in front of its U-Net; valid: an AutoencoderKL, or none",
     )
     latent = (folder / "vae").is_dir()
     kept = {n: v for n, v in scheduler.items() if n in SCHEDULE}
@@ -60,10 +73,42 @@ def resolved(architecture: Architecture) -> Architecture:
         "source": str(folder),
         **{n: v for n, v in architecture.options.items() if n == "prompt"},
     }
-    size, channels = architecture.size, 3
-    if not latent:
+    try:
         size, channels = int(unet["sample_size"]), int(unet["in_channels"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder}: the U-Net's configuration must say sample_size and in_channels as whole numbers, but has "
+            f"{unet.get('sample_size')} and {unet.get('in_channels')}"
+        ) from None
+    if latent:
+        size, channels = _image_size(architecture.size, size, folder), 3
+        options["unet"]["sample_size"] = size // _factor(folder)
     return replace(architecture, name=str(kind), size=size, channels=channels, options=options)
+
+
+def _factor(folder: Path) -> int:
+    """By how much the VAE's latents are smaller than its images."""
+    blocks = _config(folder / "vae" / "config.json").get("block_out_channels", ())
+    return int(2 ** (len(blocks) - 1))
+
+
+def _image_size(asked: int, latent: int, folder: Path) -> int:
+    """The size of a latent model's images: its own, or another that the VAE can halve as often, where one is asked for
+    (a recipe that says nothing has the default of all architectures)."""
+    factor = _factor(folder)
+    own = latent * factor
+    size = own if asked == Architecture().size else asked
+    require(
+        size % factor == 0, f"model.size must be a multiple of {factor} for this VAE (its own: {own}), but got {size}"
+    )
+    return size
+
+
+def _part(folder: Path, name: str, file: str) -> Path:
+    """A configuration of a pipeline's part: in a folder of its own or, as the first pipelines had it, beside the
+    rest."""
+    inner = folder / name / file
+    return inner if inner.is_file() or not (folder / file).is_file() else folder / file
 
 
 # What a `DDPMScheduler` shares with the other schedulers of diffusers: the noise schedule and the target.
@@ -103,7 +148,10 @@ def encoder(architecture: Architecture) -> Any | None:
     source = architecture.options.get("source")
     if not source or not (Path(str(source)) / "vae").is_dir():
         return None
-    vae = import_diffusers().AutoencoderKL.from_pretrained(str(source), subfolder="vae", use_safetensors=True)
+    try:
+        vae = import_diffusers().AutoencoderKL.from_pretrained(str(source), subfolder="vae", use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot read the VAE of {source} (safetensors alone): {one_line(error, 160)}") from error
     return vae.eval().requires_grad_(False)
 
 

@@ -13,19 +13,20 @@ from holdfast.layers import evaluating
 from holdfast.runtime import Runtime
 from holdfast.seeding import generator
 
-STEPS = 25  # of the sampler from pure noise to an image
+STEPS = 25  # of the sampler from pure noise to an image, where the schedule has as many
 
 
 def sampler(model: Denoiser) -> Any:
-    """DDIM without noise (Song et al., ICLR 2021; η = 0), by diffusers, over `STEPS` of the model's timesteps."""
+    """DDIM without noise (Song et al., ICLR 2021; η = 0), by diffusers, over `STEPS` of the model's timesteps; over all
+    where there are fewer."""
     made = import_diffusers().DDIMScheduler.from_config(model.scheduler.config)
-    made.set_timesteps(STEPS)
+    made.set_timesteps(min(STEPS, len(model.alphas)))
     return made
 
 
 @torch.no_grad()
 def denoise(model: Denoiser, noisy: Tensor, start: int, runtime: Runtime, labels: Tensor | None = None) -> Tensor:
-    """`noisy` (n, c, h, w) at the sampler's step `start` (0: pure noise, `STEPS` − 1: hardly any), run back to an
+    """`noisy` (n, c, h, w) at the sampler's step `start` (0: pure noise, the last: hardly any), run back to an
     image, float32 in the model's own normalisation."""
     made = sampler(model)
     images = noisy
@@ -52,12 +53,14 @@ def sample_images(model: Denoiser, count: int, shape: Sequence[int], runtime: Ru
 def strips(
     model: Denoiser, images: Tensor, labels: Tensor, starts: Sequence[int], runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
-    """(levels, n, c, h, w) twice: `images` with noise as at the sampler's steps `starts`, and denoised from there."""
+    """(levels, n, c, h, w) twice: `images` with noise as at the steps `starts` of a sampler of `STEPS`, and denoised
+    from there."""
     times = sampler(model).timesteps
+    starts = [s * len(times) // STEPS for s in starts]
     noise = torch.stack(
         [torch.randn(images.shape[1:], generator=generator(0, "strip", i)) for i in range(len(images))]
     ).to(images)
-    known = labels if model.conditional else None
+    known = model.told(labels)
     noisy = [model.diffuse(images, noise, times[s].to(images.device).expand(len(images))) for s in starts]
     clean = [denoise(model, x, s, runtime, known) for x, s in zip(noisy, starts, strict=True)]
     return torch.stack(noisy).cpu(), torch.stack(clean).cpu()

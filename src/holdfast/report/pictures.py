@@ -23,9 +23,12 @@ def draw_exhibits(found: Exhibits) -> dict[str, bytes]:
     drawn: dict[str, bytes] = {}
     if not found:
         return drawn
-    domains = [d for d in ("original", "restricted") if f"{d}/levels" in found["released", "protected"]]
-    drawn["levels"] = level_curves(found, domains)
-    drawn["strips-restricted"] = strip(found, "restricted", "attacked", ("scratch", "clean", "protected"))
+    shown = {"original": [("released", m) for m in RELEASED], "restricted": [("attacked", m) for m in ATTACKED]}
+    domains = [d for d, models in shown.items() if all(f"{d}/levels" in found[m] for m in models)]
+    if domains:
+        drawn["levels"] = level_curves(found, domains)
+    if "restricted" in domains:
+        drawn["strips-restricted"] = strip(found, "restricted", "attacked", ("scratch", "clean", "protected"))
     if "original" in domains:
         drawn["strips-original"] = strip(found, "original", "released", ("clean", "protected"))
     drawn["samples"] = sample_grids(found)
@@ -40,9 +43,9 @@ def level_curves(found: Exhibits, domains: Sequence[str]) -> bytes:
         how = "released" if domain == "original" else "attacked"
         for model in RELEASED if how == "released" else ATTACKED:
             errors = found[how, model][f"{domain}/levels"].tolist()
-            axes.plot(grid(1000, len(errors)), errors, label=LABELS[model], markersize=3, **STYLE[model])
+            axes.plot(grid(100, len(errors)), errors, label=LABELS[model], markersize=3, **STYLE[model])
         axes.set_yscale("log")
-        axes.set_xlabel("noise level (timestep of 1000)")
+        axes.set_xlabel("noise level (timestep, per cent of T)")
         axes.set_ylabel("MSE")
         axes.set_title(f"{domain} images, {TITLES[how]}", fontsize=10)
         axes.grid(alpha=0.25)
