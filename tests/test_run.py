@@ -15,6 +15,7 @@ import yaml
 import holdfast
 from commands import Command
 from holdfast.bundle import load_bundle
+from holdfast.checkpoints import read_checkpoint
 from holdfast.errors import UserError
 from holdfast.models import load_weights, save_weights
 from holdfast.records import RecordFile
@@ -242,6 +243,25 @@ class TestResume:
         for part in ("clean", "bundle"):
             ours, theirs = load_weights(out / part), load_weights(expected / part)
             assert all(torch.equal(ours[k], theirs[k]) for k in theirs), part
+        assert values(out) == values(expected)
+
+    def test_terminated_after_the_step_at_hand(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+        """SIGTERM saves what no timer has saved, and the run goes on from there to the same end."""
+        recipe, expected = undisturbed
+        out = tmp_path / "run"
+        command = Command("run", recipe, "--out", out, HOLDFAST_SAVE_SECONDS="1000")
+        while not (out / "protection" / "tensorboard").exists() and command.running():
+            time.sleep(0.005)
+        command.send(signal.SIGTERM)
+        code, _, err = command.finish(timeout=60)
+        assert code == 143
+        assert "--resume goes on from the last saved state" in err
+        assert "Traceback" not in err
+        assert 0 < read_checkpoint(out / "protection" / "checkpoint.pt")["iteration"] < 60
+        code, _, err = Command("run", recipe, "--out", out, "--resume").finish()
+        assert code == 0, err
+        ours, theirs = load_weights(out / "bundle"), load_weights(expected / "bundle")
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
         assert values(out) == values(expected)
 
     def test_interrupted_politely(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.checkpoints import Checkpoint
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture
-from holdfast.pretraining import Checkpoint
 from holdfast.selfsupervised import Encoder, Pair, SelfSupervision, Views, pretrain_encoder
 from holdfast.training import evaluate
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from holdfast import stopping
 from holdfast.bundle import is_bundle, is_pipeline, load_bundle
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
 from holdfast.diffusion.pipelines import SCHEME
@@ -286,6 +287,7 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     """Entry point: a `UserError` is one line and exit code 2; an interrupt says how to go on."""
+    stopping.install()
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -303,6 +305,7 @@ def main() -> None:
             sys.exit(0)
         _fail(f"{explain()} (see `holdfast --help`)")
     if code == INTERRUPTED:
+        code = stopping.TERMINATED if stopping.terminated() else code
         print("interrupted; the same command with --resume goes on from the last saved state", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 

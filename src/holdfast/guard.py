@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from holdfast.checkpoints import Checkpoint
 from holdfast.errors import UserError, require
-from holdfast.files import load_torch, save_every_seconds, save_torch
+from holdfast.files import save_every_seconds
 from holdfast.models import State, load_state, state_of
 from holdfast.progress import Bar, Reporter
 from holdfast.scales import ACCURACY, Scale
+from holdfast.stopping import unfinished
 
 Phase = Literal["free", "guarded", "candidate"]
 Select = Literal["lowest", "last"]
@@ -76,10 +79,11 @@ class Workplace:
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
     save_every_seconds: float = field(default_factory=save_every_seconds)
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint's path, where one is kept."""
-        return self.folder / "checkpoint.pt" if self.folder else None
+    def checkpoint(self, identity: str) -> Checkpoint | None:
+        """The checkpoint of the run of that name, where one is kept."""
+        if self.folder is None:
+            return None
+        return Checkpoint(self.folder / "checkpoint.pt", identity, self.resume, self.reporter.say)
 
 
 @dataclass
@@ -149,12 +153,14 @@ def run_guarded(
     """
     watch = _Watch()
     probe = watch.apart(restricted) if select == "last" else restricted
-    state = _start(model, optimisers, original, probe, identity, workplace, phase(1))
+    checkpoint = workplace.checkpoint(identity)
+    state = _start(model, optimisers, original, probe, checkpoint, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
     floor = guard.scale.floor(progress.baseline, guard.tolerance)
     saved = time.monotonic()
-    with workplace.reporter.bar("protect", iterations, progress.iteration) as bar, _curves(workplace) as write:
+    bar_of = workplace.reporter.bar("protect", iterations, progress.iteration)
+    with unfinished() as between_steps, bar_of as bar, _curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
         while not last:
             i = progress.iteration + 1
@@ -170,8 +176,10 @@ def run_guarded(
                 _tell(bar, write, progress.history.checks[-1], losses)
             bar.update(i)
             progress.history.seconds = spent + watch.seconds()
+            save = partial(_save, checkpoint, model, optimisers, progress, good, best)
+            between_steps(save)
             if time.monotonic() - saved > workplace.save_every_seconds or last:
-                _save(workplace, model, optimisers, progress, good, best, identity)
+                save()
                 saved = time.monotonic()
     load_state(model, best)
     progress.history.released = progress.best_iteration
@@ -236,18 +244,12 @@ def _start(
     optimisers: Mapping[str, Stateful],
     original: Measure,
     restricted: Measure,
-    identity: str,
-    workplace: Workplace,
+    checkpoint: Checkpoint | None,
     phase: Phase,
 ) -> tuple[_Progress, Good, State]:
     """From the checkpoint where there is one to resume, else from the unprotected model."""
-    path = workplace.checkpoint
-    if path is not None and path.exists() and workplace.resume:
-        saved = load_torch(path)
-        require(
-            isinstance(saved, dict) and saved.get("identity") == identity,
-            f"{path} is the checkpoint of another run (other recipe, weights or data); choose another --out",
-        )
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
         _restore(model, optimisers, saved["now"])
         history = History(saved["checks"], saved["rollbacks"], saved["seconds"])
         fields = {k: saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline")}
@@ -260,21 +262,18 @@ def _start(
 
 
 def _save(
-    workplace: Workplace,
+    checkpoint: Checkpoint | None,
     model: nn.Module,
     optimisers: Mapping[str, Stateful],
     progress: _Progress,
     good: Good,
     best: State,
-    identity: str,
 ) -> None:
-    if workplace.checkpoint is None:
+    if checkpoint is None:
         return
     history = progress.history
-    save_torch(
-        workplace.checkpoint,
+    checkpoint.save(
         {
-            "identity": identity,
             "iteration": progress.iteration,
             "strength": progress.strength,
             "best_score": progress.best_score,
@@ -286,7 +285,7 @@ def _save(
             "now": _snapshot(model, optimisers, "candidate"),
             "good": good,
             "best": best,
-        },
+        }
     )
 
 

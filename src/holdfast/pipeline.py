@@ -25,6 +25,7 @@ from holdfast.audit import (
     run_searches,
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
+from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
 from holdfast.defences.registry import measure_states
 from holdfast.diffusion.exhibits import Show, make_exhibits
@@ -35,7 +36,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.guard import Workplace
 from holdfast.inputs import Inputs
 from holdfast.models import Architecture, State, state_of
-from holdfast.pretraining import Checkpoint, pretrain
+from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter, duration
 from holdfast.pruning import PRUNED, pruned
 from holdfast.recipes import Recipe
@@ -94,7 +95,8 @@ class Run:
             bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
             return bundle
         weights, start = given.weights, None
-        checkpoint = self.out / "pretraining" / "checkpoint.pt"
+        path = self.out / "pretraining" / "checkpoint.pt"
+        checkpoint = Checkpoint(path, given.work_identity, self.resume, self.reporter.say)
         if weights == "timm":
             start = state_of(given.architecture.build(len(given.original.classes), pretrained=True))
         if weights and weights != "timm":
@@ -102,7 +104,7 @@ class Run:
         else:
             self._check_fresh("pre-training", checkpoint.exists())
             with threads(self._threads(given.architecture.build(len(given.original.classes)))):
-                state = self._pretrained(start, Checkpoint(checkpoint, given.work_identity, self.resume))
+                state = self._pretrained(start, checkpoint)
         details = {"stage": "clean", "content_sha256": self._learned_from()}
         bundle = Bundle(state, given.architecture, given.head_classes, details)
         bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
@@ -148,7 +150,9 @@ class Run:
     def _defend(self, clean: Bundle) -> Bundle:
         given = self.inputs
         folder = self.out / "protection"
-        self._check_fresh("protection", (folder / "checkpoint.pt").exists())
+        workplace = Workplace(folder, self.resume, self.reporter)
+        kept = workplace.checkpoint(given.work_identity)
+        self._check_fresh("protection", kept is not None and kept.exists())
         model = given.runtime.place(given.architecture.build(len(clean.classes)))
         models.load_state(model, clean.state)
         defender, _ = given.halves
@@ -165,7 +169,7 @@ class Run:
                 runtime=given.runtime,
                 seed=given.recipe.seed,
                 identity=given.work_identity,
-                workplace=Workplace(folder, self.resume, self.reporter),
+                workplace=workplace,
             )
         seconds = history.seconds or time.monotonic() - started
         memory = peak_memory_mb(given.runtime.device, children=False)

@@ -4,44 +4,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from torch import nn
 
 from holdfast.averaging import WeightAverage
+from holdfast.checkpoints import Checkpoint
 from holdfast.domains import Domain
-from holdfast.errors import UserError, require
-from holdfast.files import load_torch, save_every_seconds, save_torch
+from holdfast.errors import UserError
+from holdfast.files import save_every_seconds
 from holdfast.finetuning import FineTuning
 from holdfast.guard import Stateful
 from holdfast.models import Architecture, State, load_state, state_of
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
+from holdfast.stopping import unfinished
 from holdfast.tasks import Loss, Task
 from holdfast.training import Batch, Forward, evaluate, fit, minibatches, plain
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a training keeps its state every 20 seconds (`HOLDFAST_SAVE_SECONDS`), the name of the run it belongs to,
-    and whether to go on from it."""
+class _Kept:
+    """A training's state: where it goes on from, and how it is saved every 20 seconds (`HOLDFAST_SAVE_SECONDS`)."""
 
-    path: Path
-    identity: str = ""
-    resume: bool = False
+    def __init__(self, checkpoint: Checkpoint | None, model: nn.Module, parts: Mapping[str, Stateful]) -> None:
+        self.checkpoint, self.model, self.parts = checkpoint, model, parts
+        self.saved = time.monotonic()
 
-    def load(self) -> dict[str, object] | None:
-        """What is there to go on from. `UserError` for another run's."""
-        if not (self.resume and self.path.exists()):
-            return None
-        saved = load_torch(self.path)
-        require(
-            isinstance(saved, dict) and saved.get("identity") == self.identity,
-            f"{self.path} is the checkpoint of another run; choose another --out",
-        )
-        return dict(saved)
+    def resume(self) -> int:
+        """Put back what was saved; returns the steps that were done by then."""
+        found = self.checkpoint.load() if self.checkpoint else None
+        if found is None:
+            return 0
+        load_state(self.model, found["model"])
+        for name, part in self.parts.items():
+            part.load_state_dict(found[name])
+        return int(found["step"])
+
+    def save(self, step: int) -> None:
+        """Everything, after `step` steps."""
+        if self.checkpoint is not None:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            self.checkpoint.save({"step": step, "model": state_of(self.model), **states})
+        self.saved = time.monotonic()
+
+    def save_if_due(self, step: int) -> None:
+        """Every so many seconds."""
+        if time.monotonic() - self.saved > save_every_seconds():
+            self.save(step)
 
 
 def train(
@@ -62,37 +72,27 @@ def train(
     """Train `model` in place with the tuning's optimiser and schedule on `batches(first)`: from batch `first` on.
 
     Resumed from a checkpoint, the result is the same as undisturbed. With `tuning.ema` it is the averaged weights.
-    `others`: what else has a state; `after` is called
-    after every step. `UserError` where the loss is no longer finite.
+    `others`: what else has a state; `after` is called after every step. SIGTERM is obeyed after the step at hand.
+    `UserError` where the loss is no longer finite.
     """
     optimiser = tuning.build_optimiser(parameters)
     schedule = tuning.build_schedule(optimiser)
-    kept: dict[str, Stateful] = {"optimiser": optimiser, **(others or {})}
-    kept |= {"schedule": schedule} if schedule is not None else {}
+    parts: dict[str, Stateful] = {"optimiser": optimiser, **(others or {})}
+    parts |= {"schedule": schedule} if schedule is not None else {}
     average = WeightAverage(model, tuning.ema) if tuning.ema else None
-    kept |= {"average": average} if average is not None else {}
-    saved = checkpoint.load() if checkpoint else None
-    first = 0
-    if saved is not None:
-        load_state(model, saved["model"])  # type: ignore[arg-type]
-        for name, part in kept.items():
-            part.load_state_dict(saved[name])
-        first = int(saved["step"])  # type: ignore[call-overload]
-    last_saved = time.monotonic()
-    with reporter.bar("pretrain", tuning.steps, first) as bar, seeded(seed, "pretrain"):
+    parts |= {"average": average} if average is not None else {}
+    kept = _Kept(checkpoint, model, parts)
+    first = kept.resume()
+    bar_of = reporter.bar("pretrain", tuning.steps, first)
+    with unfinished() as between_steps, bar_of as bar, seeded(seed, "pretrain"):
 
         def after_step(step: int, value: float) -> None:
-            nonlocal last_saved
             after()
             if average is not None:
                 average.update()
             bar.update(step, f"loss {value:.3f}")
-            if checkpoint is not None and time.monotonic() - last_saved > save_every_seconds():
-                states = {name: part.state_dict() for name, part in kept.items()}
-                save_torch(
-                    checkpoint.path, {"identity": checkpoint.identity, "step": step, "model": state_of(model), **states}
-                )
-                last_saved = time.monotonic()
+            between_steps(lambda: kept.save(step))
+            kept.save_if_due(step)
 
         result = fit(
             model,

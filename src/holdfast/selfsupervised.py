@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast.checkpoints import Checkpoint
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError, require
 from holdfast.features import Tap
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, State, state_of
-from holdfast.pretraining import Checkpoint, train
+from holdfast.pretraining import train
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded

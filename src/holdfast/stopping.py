@@ -1,0 +1,47 @@
+"""SIGTERM, as schedulers send it: the step at hand is finished and saved, then the process ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TERMINATED = 128 + signal.SIGTERM  # the shell's code for it
+_state = {"asked": False, "busy": 0}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where an interrupt is due: all that cleans up after Ctrl-C does so after this one too."""
+
+
+def install() -> None:
+    """Take SIGTERM from now on: at once where nothing is `unfinished`, else as soon as it is finished."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def terminated() -> bool:
+    """Whether SIGTERM has come."""
+    return _state["asked"] != 0
+
+
+def _terminate(*_: Any) -> None:
+    _state["asked"] = True
+    if not _state["busy"]:
+        raise Terminated
+
+
+@contextmanager
+def unfinished() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A block in which SIGTERM waits until what it yields is called: with a function that saves, between two steps."""
+    _state["busy"] += 1
+
+    def between_steps(save: Callable[[], None]) -> None:
+        if terminated():
+            save()
+            raise Terminated
+
+    try:
+        yield between_steps
+    finally:
+        _state["busy"] -= 1
