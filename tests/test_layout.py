@@ -9,6 +9,9 @@ ROOT = Path(holdfast.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "checkpoints",
+    "stopping",
+    "layers",
     "seeding",
     "runtime",
     "progress",
@@ -24,7 +27,6 @@ ORDER = [
     "torchvision_sets",
     "sources",
     "domains",
-    "layers",
     "diffusion.sampling",
     "models",
     "tasktable",
