@@ -240,10 +240,10 @@ class Run:
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
             run_audit(cells, bench, file, *workers)
-        if given.task.generates:
-            show = Show(bench, given.original if given.with_original else None, given.decode)
-            shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
-            make_exhibits(show, shown, self.out / "exhibits", self.reporter)
+            if given.task.generates:
+                show = Show(bench, given.original if given.with_original else None, given.decode)
+                shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
+                make_exhibits(show, shown, self.out / "exhibits", *workers)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:

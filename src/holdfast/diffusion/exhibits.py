@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.attacks.attack import Attack
-from holdfast.cells import Bench, Meter, follow, prepare, start
+from holdfast.cells import Bench, CellSpec, Meter, follow, prepare, start
 from holdfast.diffusion.denoisers import Denoiser
 from holdfast.diffusion.denoising import Denoising, fixed_noise, grid
 from holdfast.diffusion.distances import LEAST, NAMES, distance, inception_weights, require_torchmetrics
@@ -27,9 +27,10 @@ from holdfast.errors import require
 from holdfast.files import write_atomic
 from holdfast.layers import evaluating
 from holdfast.losses import noise_error
-from holdfast.models import load_state
+from holdfast.models import Architecture, State, load_state, state_of
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
+from holdfast.workers import run_all
 
 SEED = 0  # of the audit: whose attack is shown
 SHOWN = 8  # images a strip
@@ -65,17 +66,56 @@ def check_exhibits(data: ImageData) -> None:
     )
 
 
-def make_exhibits(show: Show, attack: Attack, folder: Path, reporter: Reporter) -> None:
-    """Write the exhibits that `folder` lacks."""
+def make_exhibits(
+    show: Show, attack: Attack, folder: Path, reporter: Reporter, jobs: int | None = None, ray: str | None = None
+) -> None:
+    """Write the exhibits that `folder` lacks; the attacks are run as an audit's cells are (`workers.run_all`)."""
     left = [(how, m) for how, m in PLAN if not path_of(folder, how, m).exists()]
     if not left:
         return
+    bench, plain = show.bench, replace(attack, search=None)
+    specs = [
+        CellSpec(m, plain.control() if m == "scratch" else plain, (plain.name,), (False,), SEED)
+        for how, m in left
+        if how == "attacked"
+    ]
     with reporter.bar("exhibits", len(PLAN), len(PLAN) - len(left)) as bar:
-        for how, name in left:
-            model = _model(show.bench, name, attack if how == "attacked" else None)
-            found = exhibit(model, show)
-            write_atomic(path_of(folder, how, name), safetensors.torch.save(found))
+
+        def keep(how: str, name: str, model: nn.Module) -> None:
+            if not isinstance(model, Denoiser):
+                raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
+            write_atomic(path_of(folder, how, name), safetensors.torch.save(exhibit(model.eval(), show)))
             bar.advance(f"{name}, {how}")
+
+        for name in (m for how, m in left if how == "released"):
+            keep("released", name, _loaded(show, bench.architecture, bench.head_classes, bench.states[name]))
+        for end in run_all(end_of, bench, specs, jobs, ray) if specs else ():
+            keep("attacked", end.model, _loaded(show, end.architecture, end.classes, end.state))
+
+
+@dataclass(frozen=True)
+class End:
+    """A model at the end of an attack: its weights, and what builds it."""
+
+    model: str
+    state: State
+    architecture: Architecture
+    classes: int
+
+
+def end_of(bench: Bench, spec: CellSpec) -> End:
+    """Run one cell for the model at its end."""
+    prepared = prepare(bench, spec.model, spec.attack, spec.seed)
+    model = start(bench, prepared, spec.seed)
+    follow(bench, Meter(prepared, spec.attack, bench.runtime, ()), model, spec.seed, lambda *_: None)
+    state = {n: v.cpu() for n, v in state_of(model).items()}
+    return End(spec.model, state, prepared.released.architecture, prepared.ground.classes)
+
+
+def _loaded(show: Show, architecture: Architecture, classes: int, state: State) -> nn.Module:
+    model = show.bench.runtime.place(architecture.build(classes))
+    load_state(model, state)
+    return model
 
 
 def path_of(folder: Path, how: str, model: str) -> Path:
@@ -92,22 +132,6 @@ def read_exhibits(folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
         how, _, model = file.stem.partition("-")
         found[how, model] = safetensors.torch.load_file(file)
     return found
-
-
-def _model(bench: Bench, name: str, attack: Attack | None) -> Denoiser:
-    """A model as released, or after the attack."""
-    if attack is None:
-        model: nn.Module = bench.runtime.place(bench.architecture.build(bench.head_classes))
-        load_state(model, bench.states[name])
-    else:
-        plain = replace(attack, search=None)
-        spec = plain.control() if name == "scratch" else plain
-        prepared = prepare(bench, name, spec, SEED)
-        model = start(bench, prepared, SEED)
-        follow(bench, Meter(prepared, spec, bench.runtime, ()), model, SEED, lambda *_: None)
-    if not isinstance(model, Denoiser):
-        raise TypeError(f"expected a Denoiser, got {type(model).__name__}")
-    return model.eval()
 
 
 def exhibit(model: Denoiser, show: Show) -> dict[str, Tensor]:
