@@ -82,20 +82,15 @@ class Denoising:
         model = _denoiser(model)
         if model.prediction == "epsilon":
             return Denoising()
-        steps = fixed_steps(0, len(images), len(model.reference)).to(images.device)
-        noise = fixed_noise(0, images)
-        noisy = model.diffuse(images, noise, model.at_level(steps))
-        meant = model.noise_of(torch.zeros_like(noisy), noisy, model.at_level(steps))
+        noise, steps = self.fixed(model, images, 0)
+        noisy = model.diffuse(images, noise, steps)
+        meant = model.noise_of(torch.zeros_like(noisy), noisy, steps)
         return Denoising(zero=(meant - noise).square().mean().item())
 
     def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
         """Diffuse `inputs` (n, c, h, w), let the model predict, and stack prediction and truth."""
         model = _denoiser(model)
-        if first is None:
-            noise, steps = self.drawn(model, inputs)
-        else:
-            steps = model.at_level(fixed_steps(first, len(inputs), len(model.reference)).to(inputs.device))
-            noise = fixed_noise(first, inputs)
+        noise, steps = self.drawn(model, inputs) if first is None else self.fixed(model, inputs, first)
         return self.compared(model, inputs, noise, steps, model.told(targets), own=first is None)
 
     def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -115,6 +110,12 @@ class Denoising:
         """Noise of `images`' shape and timesteps (n,), from torch's generators."""
         steps = torch.randint(len(model.alphas), (len(images),), device=images.device)
         return torch.randn_like(images), steps
+
+    @staticmethod
+    def fixed(model: Denoiser, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The evaluation's noise and timesteps, of images `first` … of the data."""
+        steps = model.at_level(fixed_steps(first, len(images), len(model.reference)).to(images.device))
+        return fixed_noise(first, images), steps
 
     @staticmethod
     def compared(
