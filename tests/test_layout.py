@@ -12,6 +12,7 @@ ORDER = [
     "checkpoints",
     "stopping",
     "layers",
+    "distributed",
     "seeding",
     "runtime",
     "progress",
@@ -84,10 +85,12 @@ ORDER = [
     "report.pictures",
     "report.write",
     "inputs",
+    "protection",
     "listing",
     "pipeline",
     "comparison",
     "report.compare",
+    "exits",
     "cli",
 ]
 

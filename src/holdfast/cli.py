@@ -7,18 +7,18 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other processes
 
-import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from holdfast import stopping
 from holdfast.bundle import is_bundle, is_pipeline, load_bundle
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
 from holdfast.diffusion.pipelines import SCHEME
-from holdfast.errors import UserError, one_line, require, unknown
+from holdfast.distributed import current
+from holdfast.errors import require, unknown
+from holdfast.exits import exit_with
 from holdfast.files import RunFolder
 from holdfast.inputs import Inputs
 from holdfast.listing import LISTS, listing
@@ -84,6 +84,11 @@ def _workers(jobs: int | None, ray: str | None) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
+def _reporter(quiet: bool) -> Reporter:
+    """Of several processes only the first one speaks."""
+    return Reporter(quiet or not current().first)
+
+
 def _stage(run: Run, stage: str) -> None:
     """Run one stage of the chain in the folder's lock, after all input has been read."""
     run.inputs.check()
@@ -103,7 +108,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain: pre-train where needed, protect, audit, report."""
-    work = Run(Inputs(_load(recipe, preset, changes, jobs, ray)), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes, jobs, ray)), out, resume, _reporter(quiet))
     _headlines(work.all(), out)
 
 
@@ -116,7 +121,7 @@ def demo(
     changes: Set = None,
 ) -> None:
     """The whole chain on built-in digits in a few minutes: 0-4 are kept, 5-9 are restricted."""
-    _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, Reporter(quiet)).all(), out)
+    _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, _reporter(quiet)).all(), out)
 
 
 @app.command()
@@ -129,7 +134,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train the recipe's model on the original domain; the clean model goes to DIR/clean."""
-    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, _reporter(quiet))
     _stage(work, "pretrain")
     typer.echo(f"clean model: {work.clean_folder}")
 
@@ -144,7 +149,7 @@ def protect(
     quiet: Quiet = False,
 ) -> None:
     """Protect the recipe's model; the bundle to release goes to DIR/bundle."""
-    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, _reporter(quiet))
     _stage(work, "protect")
     typer.echo(f"protected model: {work.bundle_folder}")
 
@@ -205,7 +210,7 @@ def audit(
     if protected:
         require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
     has_original = protected is None or recipe is not None or original is not None
-    work = Run(Inputs(loaded, protected, has_original), out, resume, Reporter(quiet))
+    work = Run(Inputs(loaded, protected, has_original), out, resume, _reporter(quiet))
     _stage(work, "audit")
     _headlines(work.report(), out)
 
@@ -230,8 +235,12 @@ def report(
 
     require(out.is_dir(), f"folder not found: {out}")
     require(RunFolder(out).manifest.is_file(), f"{out} holds no run of holdfast (no run.json)")
-    with RunFolder(out).lock():
-        _headlines(write_report(out), out)
+
+    def write() -> dict[str, Any]:
+        with RunFolder(out).lock():
+            return write_report(out)
+
+    _headlines(current().agreed(write), out)
 
 
 @app.command()
@@ -257,8 +266,9 @@ def compare(
     chosen = [p.strip() for p in presets.split(",")] if presets else []
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
     check_comparison(plans, attack)
-    found = run_comparison(plans, resume, Reporter(quiet))
-    table = as_markdown(write_comparison(out, found, attack or column_attack(plans), plans[0].recipe.name))
+    found = run_comparison(plans, resume, _reporter(quiet))
+    column = attack or column_attack(plans)
+    table = current().agreed(lambda: as_markdown(write_comparison(out, found, column, plans[0].recipe.name)))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")
 
 
@@ -286,36 +296,8 @@ def _headlines(summary: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: a `UserError` is one line and exit code 2; an interrupt says how to go on."""
-    stopping.install()
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except OSError as error:
-        _fail(f"{one_line(error)}; what was written before is intact, continue with --resume")
-    except Exception as error:
-        explain = getattr(error, "format_message", None)  # click's own complaints about options and arguments
-        if explain is None:
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(explain())
-            sys.exit(0)
-        _fail(f"{explain()} (see `holdfast --help`)")
-    if code == INTERRUPTED:
-        code = stopping.TERMINATED if stopping.terminated() else code
-        print("interrupted; the same command with --resume goes on from the last saved state", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-INTERRUPTED = 130  # the shell's code for SIGINT; typer turns the exception into it
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    """Entry point; see `exits.exit_with`."""
+    exit_with(app)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.defences.registry import Identity
+from holdfast.distributed import current
 from holdfast.errors import UserError, require
 from holdfast.files import read_json
 from holdfast.inputs import Inputs
@@ -112,7 +113,7 @@ def run_comparison(
         controls = plan.first if plan.folder != plan.first else None
         going = resume or not plan.folder.exists()
         Run(Inputs(plan.recipe), plan.folder, going, reporter, controls, plan.base / "clean").all()
-    return read_comparison(plans)
+    return current().agreed(lambda: read_comparison(plans))
 
 
 def read_comparison(plans: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:

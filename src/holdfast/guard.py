@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from holdfast.checkpoints import Checkpoint
+from holdfast.distributed import Group, current
 from holdfast.errors import UserError, require
 from holdfast.files import save_every_seconds
 from holdfast.models import State, load_state, state_of
@@ -72,16 +73,20 @@ class Guard:
 
 @dataclass
 class Workplace:
-    """Where a defence keeps its checkpoint and curves, and says how far it is. Without a folder, nothing is kept."""
+    """Where a defence keeps its checkpoint and curves, and says how far it is. Without a folder, nothing is kept.
+
+    `group`: the processes that share the work. The first one measures, keeps and speaks; the others follow.
+    """
 
     folder: Path | None = None
     resume: bool = False
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
     save_every_seconds: float = field(default_factory=save_every_seconds)
+    group: Group = field(default_factory=current)
 
     def checkpoint(self, identity: str) -> Checkpoint | None:
         """The checkpoint of the run of that name, where one is kept."""
-        if self.folder is None:
+        if self.folder is None or not self.group.first:
             return None
         return Checkpoint(self.folder / "checkpoint.pt", identity, self.resume, self.reporter.say)
 
@@ -151,16 +156,19 @@ def run_guarded(
     a run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
-    watch = _Watch()
+    watch, group = _Watch(), workplace.group
+    original, restricted = partial(group.agreed, original), partial(group.agreed, restricted)
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
-    state = _start(model, optimisers, original, probe, checkpoint, phase(1))
+    saved_state = group.agreed(lambda: checkpoint.load() if checkpoint else None)
+    state = _start(model, optimisers, original, probe, saved_state, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
     floor = guard.scale.floor(progress.baseline, guard.tolerance)
     saved = time.monotonic()
-    bar_of = workplace.reporter.bar("protect", iterations, progress.iteration)
-    with unfinished() as between_steps, bar_of as bar, _curves(workplace) as write:
+    reporter = workplace.reporter if group.first else Reporter(quiet=True)
+    bar_of = reporter.bar("protect", iterations, progress.iteration)
+    with unfinished(group.any) as between_steps, bar_of as bar, _curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
         while not last:
             i = progress.iteration + 1
@@ -244,11 +252,10 @@ def _start(
     optimisers: Mapping[str, Stateful],
     original: Measure,
     restricted: Measure,
-    checkpoint: Checkpoint | None,
+    saved: Mapping[str, Any] | None,
     phase: Phase,
 ) -> tuple[_Progress, Good, State]:
-    """From the checkpoint where there is one to resume, else from the unprotected model."""
-    saved = checkpoint.load() if checkpoint else None
+    """From what a checkpoint held where there is one to resume, else from the unprotected model."""
     if saved is not None:
         _restore(model, optimisers, saved["now"])
         history = History(saved["checks"], saved["rollbacks"], saved["seconds"])
@@ -295,7 +302,7 @@ Write = Callable[[str, float, int], None]
 @contextmanager
 def _curves(workplace: Workplace) -> Iterator[Write]:
     """A writer of TensorBoard scalars; without a folder, one that does nothing."""
-    if workplace.folder is None:
+    if workplace.folder is None or not workplace.group.first:
         yield lambda *_: None
         return
     from torch.utils.tensorboard import SummaryWriter

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from holdfast.audit import (
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
-from holdfast.defences.registry import measure_states
 from holdfast.diffusion.exhibits import Show, make_exhibits
+from holdfast.distributed import ALONE, Group, current
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
@@ -37,15 +36,14 @@ from holdfast.guard import Workplace
 from holdfast.inputs import Inputs
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import pretrain
-from holdfast.progress import Reporter, duration
-from holdfast.pruning import PRUNED, pruned
+from holdfast.progress import Reporter
+from holdfast.protection import defend
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
-from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads, threads_for
+from holdfast.runtime import peak_memory_mb, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 
-NOTHING_FOUND = "protect: no state within the tolerance was better than the model as it was, which is what is kept"
 NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean model's card
 
 
@@ -55,7 +53,8 @@ class Run:
 
     `resume`: continue stages that have begun; without it, a stage that has files is refused. `controls`: the folder of
     another run on the same data and clean weights, whose clean and from-scratch results are taken over. `shared`: a
-    clean model to take instead of pre-training the same; neither is part of what makes the run this run.
+    clean model to take instead of pre-training the same; neither is part of what makes the run this run. `group`: the
+    processes that torchrun has started; they share pre-training and protection, and the first does what is left.
     """
 
     inputs: Inputs
@@ -64,6 +63,11 @@ class Run:
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
     controls: Path | None = None
     shared: Path | None = None
+    group: Group = field(default_factory=current)
+
+    def __post_init__(self) -> None:
+        if not self.group.first:
+            self.reporter = Reporter(quiet=True)
 
     @property
     def bundle_folder(self) -> Path:
@@ -75,9 +79,21 @@ class Run:
         """Where the unprotected model is kept."""
         return self.out / "clean"
 
-    def claim(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def claim(self) -> Iterator[None]:
         """Hold the folder as this run's own, or refuse it; nothing is written before all input could be read."""
-        return RunFolder(self.out).claim(self.inputs.identity())
+        with ExitStack() as held:
+
+            def hold() -> None:
+                held.enter_context(RunFolder(self.out).claim(self.inputs.identity()))
+
+            self.group.agreed(hold)
+            yield
+
+    @property
+    def alone(self) -> Run:
+        """The same run, as the first process goes on with it while others wait."""
+        return replace(self, group=ALONE)
 
     def _check_fresh(self, stage: str, begun: bool) -> None:
         require(
@@ -88,25 +104,23 @@ class Run:
     def pretrain(self) -> Bundle:
         """The clean model: loaded, or trained on the original domain; kept in `clean/`."""
         given = self.inputs
-        if is_bundle(self.clean_folder):
-            return self._clean(self.clean_folder)
-        if self.shared is not None:
-            bundle = self._clean(self.shared)
-            bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
-            return bundle
-        weights, start = given.weights, None
-        path = self.out / "pretraining" / "checkpoint.pt"
-        checkpoint = Checkpoint(path, given.work_identity, self.resume, self.reporter.say)
-        if weights == "timm":
-            start = state_of(given.architecture.build(len(given.original.classes), pretrained=True))
-        if weights and weights != "timm":
-            state = read_weights(weights, given.architecture)
-        else:
-            self._check_fresh("pre-training", checkpoint.exists())
-            with threads(self._threads(given.architecture.build(len(given.original.classes)))):
-                state = self._pretrained(start, checkpoint)
+        found = self.group.agreed(self._clean_already)
+        if found is not None:
+            return found
+        state = self._pretrained()
         details = {"stage": "clean", "content_sha256": self._learned_from()}
         bundle = Bundle(state, given.architecture, given.head_classes, details)
+        self.group.agreed(lambda: bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name)))
+        return bundle
+
+    def _clean_already(self) -> Bundle | None:
+        """The clean model that this folder has, or the shared one; None where it is to be made."""
+        given = self.inputs
+        if is_bundle(self.clean_folder):
+            return self._clean(self.clean_folder)
+        if self.shared is None:
+            return None
+        bundle = self._clean(self.shared)
         bundle.save(self.clean_folder, NOT_FOR_RELEASE.format(given.recipe.name))
         return bundle
 
@@ -121,13 +135,24 @@ class Run:
         require(before == now, f"{folder} was made from other data or weights than there are now; choose another --out")
         return bundle
 
-    def _pretrained(self, start: State | None, checkpoint: Checkpoint) -> State:
+    def _pretrained(self) -> State:
         given, spec = self.inputs, self.inputs.recipe.self_supervised
-        common = (given.task, given.runtime)
+        weights, start, group = given.weights, None, self.group
+        if weights and weights != "timm":
+            return group.agreed(lambda: read_weights(weights, given.architecture))
+        path = self.out / "pretraining" / "checkpoint.pt"
+        checkpoint = Checkpoint(path, given.work_identity, self.resume, self.reporter.say)
+        group.agreed(lambda: self._check_fresh("pre-training", checkpoint.exists()))
+        if weights == "timm":
+            start = state_of(given.architecture.build(len(given.original.classes), pretrained=True))
+        common = (given.architecture, given.original, given.recipe.pretrain)
+        both = (given.task, given.runtime)
         kept: dict[str, Any] = {"seed": given.recipe.seed, "checkpoint": checkpoint, "reporter": self.reporter}
-        if spec is None:
-            return pretrain(given.architecture, given.original, given.recipe.pretrain, *common, start=start, **kept)
-        return pretrain_encoder(given.architecture, given.original, given.recipe.pretrain, spec, *common, **kept)
+        with threads(self._threads(given.architecture.build(len(given.original.classes)))):
+            if spec is None:
+                return pretrain(*common, *both, start=start, group=group, **kept)
+            # Contrast wants the whole batch in one place.
+            return group.agreed(lambda: pretrain_encoder(*common, spec, *both, **kept))
 
     def _threads(self, model: nn.Module) -> int | None:
         return self.inputs.recipe.runtime.threads or threads_for(model, self.inputs.architecture.size)
@@ -135,80 +160,37 @@ class Run:
     def protect(self) -> Bundle:
         """The protected model, in `bundle/`."""
         given = self.inputs
-        if is_bundle(self.bundle_folder):
-            return load_bundle(self.bundle_folder, given.architecture)
+        found = self.group.agreed(self._protected_already)
+        if found is not None:
+            return found
         clean = self.pretrain()
         if given.protected:
-            details: dict[str, Any] = {"defence": {"name": "unknown"}}
-            state = read_weights(given.protected, given.architecture)
+            path, details = given.protected, {"defence": {"name": "unknown"}}
+            state = self.group.agreed(lambda: read_weights(path, given.architecture))
             bundle = Bundle(state, given.architecture, clean.classes, details)
         else:
             bundle = self._defend(clean)
-        bundle.save(self.bundle_folder, self._card(bundle, None))
+        self.group.agreed(lambda: bundle.save(self.bundle_folder, self._card(bundle, None)))
         return bundle
 
+    def _protected_already(self) -> Bundle | None:
+        there = is_bundle(self.bundle_folder)
+        return load_bundle(self.bundle_folder, self.inputs.architecture) if there else None
+
     def _defend(self, clean: Bundle) -> Bundle:
-        given = self.inputs
-        folder = self.out / "protection"
-        workplace = Workplace(folder, self.resume, self.reporter)
+        given, folder = self.inputs, self.out / "protection"
+        workplace = Workplace(folder, self.resume, self.reporter, group=self.group)
         kept = workplace.checkpoint(given.work_identity)
-        self._check_fresh("protection", kept is not None and kept.exists())
-        model = given.runtime.place(given.architecture.build(len(clean.classes)))
-        models.load_state(model, clean.state)
-        defender, _ = given.halves
-        started = time.monotonic()
-        reset_peak_memory(given.runtime.device)
-        with threads(self._threads(model)):
-            history = given.recipe.defence_object.protect(
-                model,
-                given.original,
-                defender,
-                restricted_classes=len(given.restricted.classes),
-                architecture=given.architecture,
-                task=given.task,
-                runtime=given.runtime,
-                seed=given.recipe.seed,
-                identity=given.work_identity,
-                workplace=workplace,
-            )
-        seconds = history.seconds or time.monotonic() - started
-        memory = peak_memory_mb(given.runtime.device, children=False)
-        write_json(
-            folder / "history.json",
-            {
-                "seconds": seconds,
-                "peak_memory_mb": memory,
-                "rollbacks": history.rollbacks,
-                "released": history.released,
-                "measured": measure_states(
-                    given.recipe.defence_object,
-                    given.given(model),
-                    {"clean": clean.state, "protected": state_of(model)},
-                    given.restricted.test,
-                    self.reporter,
-                ),
-                "checks": history.checks,
-            },
-        )
-        self.reporter.say(f"protect: done in {duration(seconds)}, {history.rollbacks} times gone back")
-        if history.released == 0:
-            self.reporter.say(NOTHING_FOUND)
-        name, fields = given.recipe.defence_name, given.recipe.as_dict()["defence"]
-        details = {
-            "defence": fields,
-            "original": public_name(given.original.name),
-            "restricted": public_name(given.restricted.name),
-        }
-        if history.released is not None:
-            details["released"] = history.released
-        state = state_of(model)
-        zeros = pruned(state)
-        if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
-            details["sparsity"] = round(zeros, 4)
-        return Bundle(state, given.architecture, clean.classes, {**details, "protected_with": name})
+        self.group.agreed(lambda: self._check_fresh("protection", kept is not None and kept.exists()))
+        intra_op = self._threads(given.architecture.build(len(clean.classes)))
+        return defend(given, clean, folder, workplace, intra_op)
 
     def audit(self) -> None:
         """Every cell of the grid into `records.jsonl`."""
+        self.protect()
+        self.group.agreed(self.alone._audit)
+
+    def _audit(self) -> None:
         given = self.inputs
         clean, protected = self.pretrain(), self.protect()
         files = AuditFiles(self.out)
@@ -282,6 +264,9 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """`summary.json`, `report.html`, `report.md` and the figures; the bundle's card gets the audit's figures."""
+        return self.group.agreed(self._report)
+
+    def _report(self) -> dict[str, Any]:
         from holdfast.report.write import write_report  # matplotlib takes a second to import: not in every worker
 
         summary = write_report(self.out)
@@ -301,8 +286,6 @@ class Run:
         """The whole chain; returns the summary."""
         self.inputs.check()
         with self.claim():
-            self.pretrain()
-            self.protect()
             self.audit()
             return self.report()
 

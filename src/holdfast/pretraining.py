@@ -10,6 +10,7 @@ from torch import nn
 
 from holdfast.averaging import WeightAverage
 from holdfast.checkpoints import Checkpoint
+from holdfast.distributed import ALONE, Group
 from holdfast.domains import Domain
 from holdfast.errors import UserError
 from holdfast.files import save_every_seconds
@@ -31,9 +32,10 @@ class _Kept:
         self.checkpoint, self.model, self.parts = checkpoint, model, parts
         self.saved = time.monotonic()
 
-    def resume(self) -> int:
-        """Put back what was saved; returns the steps that were done by then."""
-        found = self.checkpoint.load() if self.checkpoint else None
+    def resume(self, group: Group) -> int:
+        """Put back what the first process saved; returns the steps that were done by then."""
+        checkpoint = self.checkpoint
+        found = group.agreed(lambda: checkpoint.load() if checkpoint else None)
         if found is None:
             return 0
         load_state(self.model, found["model"])
@@ -68,11 +70,13 @@ def train(
     checkpoint: Checkpoint | None = None,
     reporter: Reporter,
     after: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> None:
     """Train `model` in place with the tuning's optimiser and schedule on `batches(first)`: from batch `first` on.
 
     Resumed from a checkpoint, the result is the same as undisturbed. With `tuning.ema` it is the averaged weights.
     `others`: what else has a state; `after` is called after every step. SIGTERM is obeyed after the step at hand.
+    `group`: processes that share every batch; the first keeps the checkpoint.
     `UserError` where the loss is no longer finite.
     """
     optimiser = tuning.build_optimiser(parameters)
@@ -81,10 +85,10 @@ def train(
     parts |= {"schedule": schedule} if schedule is not None else {}
     average = WeightAverage(model, tuning.ema) if tuning.ema else None
     parts |= {"average": average} if average is not None else {}
-    kept = _Kept(checkpoint, model, parts)
-    first = kept.resume()
+    kept = _Kept(checkpoint if group.first else None, model, parts)
+    first = kept.resume(group)
     bar_of = reporter.bar("pretrain", tuning.steps, first)
-    with unfinished() as between_steps, bar_of as bar, seeded(seed, "pretrain"):
+    with unfinished(group.any) as between_steps, bar_of as bar, seeded(seed, "pretrain"):
 
         def after_step(step: int, value: float) -> None:
             after()
@@ -104,6 +108,7 @@ def train(
             schedule=schedule,
             seed=derive(seed, "noise"),
             first_step=first,
+            group=group,
             after_step=after_step,
         )
     if result.diverged_at:
@@ -126,6 +131,7 @@ def pretrain(
     start: State | None = None,
     checkpoint: Checkpoint | None = None,
     reporter: Reporter | None = None,
+    group: Group = ALONE,
 ) -> State:
     """Train on `domain.train`, from `start` where it is given, else from scratch, and return the weights."""
     reporter = reporter or Reporter(quiet=True)
@@ -134,9 +140,12 @@ def pretrain(
     seed = derive(seed, "pretrain")
     model = runtime.place(architecture.build(classes, seed))
     tuning.initialise_from(model, start or {}, architecture, classes, seed)
+    order = derive(seed, "data")
     train(
         model,
-        lambda first: minibatches(domain.train, tuning.batch_size, tuning.steps, derive(seed, "data"), runtime, first),
+        lambda first: minibatches(
+            domain.train, tuning.batch_size, tuning.steps, order, runtime, first_step=first, group=group
+        ),
         task.loss,
         tuning,
         tuning.choose_parameters(model, architecture, classes),
@@ -145,6 +154,7 @@ def pretrain(
         forward=task.forward,
         checkpoint=checkpoint,
         reporter=reporter,
+        group=group,
     )
     metric, loss = evaluate(model, domain.validation, task, runtime)
     reporter.say(

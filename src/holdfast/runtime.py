@@ -42,6 +42,8 @@ class Runtime:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":  # each process of torchrun has one of the machine's GPUs
+            device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else device
         kind, _, index = device.partition(":")
         known = device == "cpu" or (kind == "cuda" and (not index or index.isdigit()))
         require(known, f"unknown device '{device}'; valid: auto, cpu, cuda, cuda:N")

@@ -16,12 +16,13 @@ A parameter that the adversary re-initialised does not depend on θ at all: its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from holdfast.distributed import Group
 from holdfast.domains import ImageData, holdout
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
@@ -68,6 +69,21 @@ class Accumulator:
         """Multiply all sums."""
         for value in self.sums.values():
             value.mul_(factor)
+
+    def gather(self, parameters: Mapping[str, Tensor], group: Group, count: int, total: float) -> tuple[int, float]:
+        """Add up the sums of all processes, by one all-reduce, and two numbers beside them; `parameters` has the shape
+        of every name that there may be. A name that no process has stays absent."""
+        if group.count == 1:
+            return count, total
+        device = next(iter(parameters.values())).device
+        present = torch.tensor([float(n in self.sums) for n in parameters], device=device)
+        beside = torch.tensor([float(count), total], device=device)
+        for name, like in parameters.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(like)
+        group.sum([*(self.sums[n] for n in parameters), present, beside])
+        self.sums = {n: self.sums[n] for n, found in zip(parameters, present.tolist(), strict=True) if found}
+        return int(beside[0].item()), beside[1].item()
 
     def finite(self) -> bool:
         """Whether every entry is finite."""

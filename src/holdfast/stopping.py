@@ -32,12 +32,14 @@ def _terminate(*_: Any) -> None:
 
 
 @contextmanager
-def unfinished() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """A block in which SIGTERM waits until what it yields is called: with a function that saves, between two steps."""
+def unfinished(agreed: Callable[[bool], bool] = bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A block in which SIGTERM waits until what it yields is called: with a function that saves, between two steps.
+    `agreed` makes of one process's wish to stop everyone's, where several work together."""
     _state["busy"] += 1
 
     def between_steps(save: Callable[[], None]) -> None:
-        if terminated():
+        if agreed(terminated()):
+            _state["asked"] = True  # of another process, perhaps
             save()
             raise Terminated
 

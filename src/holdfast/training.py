@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.distributed import ALONE, Group
 from holdfast.domains import ImageData
+from holdfast.errors import require
 from holdfast.layers import evaluating
 from holdfast.optimisers import SAM
 from holdfast.runtime import Runtime
@@ -50,6 +53,7 @@ def fit(
     clip: float | None = None,
     seed: int | None = None,
     first_step: int = 0,
+    group: Group = ALONE,
     set_mode: Callable[[nn.Module], Any] = nn.Module.train,
     after_step: AfterStep | None = None,
 ) -> FitResult:
@@ -59,6 +63,8 @@ def fit(
     `forward`: a task's, which makes of model, inputs and targets what `loss` takes. `clip`: largest L2 norm of the
     gradient. `set_mode` is called before every step, so a callback may change modes.
     With `seed`, step s draws from the stream (seed, "step", s): dropout does not depend on where a run was resumed.
+    `group`: the processes that train the same weights, each on its part of every batch; the gradient is that of the
+    mean loss over the whole batch, batch statistics (but of a compiled network) are the whole batch's too.
     Works on the model in place.
     """
     step, value = first_step, math.nan
@@ -66,17 +72,16 @@ def fit(
         set_mode(model)
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
-            torch.manual_seed(derive(seed, "step", step))
-        current = _loss(model, inputs, targets, forward, loss, runtime)
-        value = current.item()
+            torch.manual_seed(derive(seed, "step", step, *group.stream))
+        value = _gradients(model, inputs, targets, forward, loss, runtime, group)
         if not math.isfinite(value):
             return FitResult(step, value, step)
-        current.backward()  # type: ignore[no-untyped-call]
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if isinstance(optimiser, SAM):
-            drawn = derive(seed, "step", step) if seed is not None else None
-            optimiser.step(partial(_gradients_anew, model, inputs, targets, forward, loss, runtime, optimiser, drawn))
+            drawn = derive(seed, "step", step, *group.stream) if seed is not None else None
+            again = partial(_gradients, model, inputs, targets, forward, loss, runtime, group)
+            optimiser.step(partial(_anew, optimiser, drawn, again))
         else:
             optimiser.step()
         if schedule is not None:
@@ -86,27 +91,37 @@ def fit(
     return FitResult(step, value)
 
 
-def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward, loss: Loss, runtime: Runtime) -> Tensor:
-    with runtime.autocast():
-        outputs = forward(model, inputs, targets)
-    return loss(outputs, targets)
-
-
-def _gradients_anew(
+def _gradients(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
     forward: Forward,
     loss: Loss,
     runtime: Runtime,
-    optimiser: torch.optim.Optimizer,
-    drawn: int | None,
-) -> None:
+    group: Group,
+) -> float:
+    """The gradient of the mean loss over the samples of all processes; returns that loss."""
+    with runtime.autocast(), group.statistics() if not runtime.compile else nullcontext():
+        outputs = forward(model, inputs, targets)
+    current = loss(outputs, targets)
+    if group.count == 1:
+        current.backward()  # type: ignore[no-untyped-call]
+        return current.item()
+    mine = float(len(targets))
+    (current * mine).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = torch.stack([current.detach() * mine, torch.full_like(current, mine)])
+    group.sum([*gradients, total])
+    torch._foreach_div_(gradients, total[1])
+    return (total[0] / total[1]).item()
+
+
+def _anew(optimiser: torch.optim.Optimizer, drawn: int | None, again: Callable[[], float]) -> None:
     """The gradient of the same loss elsewhere: with the same noise and dropout as at the first."""
     optimiser.zero_grad(set_to_none=True)
     if drawn is not None:
         torch.manual_seed(drawn)
-    _loss(model, inputs, targets, forward, loss, runtime).backward()  # type: ignore[no-untyped-call]
+    again()
 
 
 def minibatches(
@@ -117,14 +132,17 @@ def minibatches(
     runtime: Runtime,
     first_step: int = 0,
     within: Tensor | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Batch]:
     """Batches number `first_step` … `steps` − 1 of an endless stream: shuffled passes over the data, end to end.
 
     Every batch is full (`min(batch_size, len(data))`), so no step sees a stray batch of one; batch i is a function of
-    `seed` and i. `within`: take only the samples at these indices, without copying them.
+    `seed` and i. `within`: take only the samples at these indices, without copying them. `group`: of each batch this
+    process's part, every `count`-th sample; `UserError` where there is none for it.
     """
     count = len(data) if within is None else len(within)
     size = min(batch_size, count)
+    require(size >= group.count, f"a batch of {size} cannot be shared by {group.count} processes; start fewer")
     passes: dict[int, Tensor] = {}
 
     def order(number: int) -> Tensor:
@@ -139,6 +157,7 @@ def minibatches(
         first, last = start // count, (stop - 1) // count
         parts = [order(n)[max(0, start - n * count) : stop - n * count] for n in range(first, last + 1)]
         chosen = torch.cat(parts)
+        chosen = chosen[group.rank :: group.count]
         yield data.batch(chosen if within is None else within[chosen], runtime)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from holdfast.distributed import Group, current
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
 from holdfast.features import Tap
@@ -27,7 +28,7 @@ from holdfast.training import Batch, evaluate, minibatches
 @dataclass(frozen=True)
 class Given:
     """What a defence is given: the model with a head for `original`'s classes, on the runtime's device; the original
-    domain; the defender's half of the restricted one, which has `classes` classes."""
+    domain; the defender's half of the restricted one, which has `classes` classes; the processes of the run."""
 
     model: nn.Module
     original: Domain
@@ -37,6 +38,7 @@ class Given:
     task: Task
     runtime: Runtime
     seed: int = 0
+    group: Group = field(default_factory=current)
 
     def head(self) -> list[str]:
         """Names of the model's head; `UserError` where it does not fit the original classes."""
@@ -54,8 +56,10 @@ class Given:
         return self.runtime.place(self.architecture.build(count, derive(self.seed, "learner")))
 
     def batches(self, data: ImageData, size: int, stream: str, first: int, count: int = 1) -> Iterator[Batch]:
-        """Batches `first` … `first + count − 1` (from 0) of an endless stream of `data`; see `minibatches`."""
-        return minibatches(data, size, first + count, derive(self.seed, stream), self.runtime, first_step=first)
+        """Batches `first` … `first + count − 1` (from 0) of an endless stream of `data`, of each this process's part;
+        see `minibatches`."""
+        seed = derive(self.seed, stream)
+        return minibatches(data, size, first + count, seed, self.runtime, first_step=first, group=self.group)
 
     def original_metric(self) -> float:
         """The original metric on validation data."""
@@ -178,6 +182,7 @@ class Guarded:
     released: ClassVar[Select] = "last"
     measures: ClassVar[bool] = False  # whether `measure` finds anything
     compiles: ClassVar[bool] = False  # whether it runs on a compiled network: not where it looks inside
+    spreads: ClassVar[bool] = False  # whether several processes share the work
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 
     def engine(self, given: Given) -> Engine:
@@ -204,6 +209,11 @@ class Guarded:
             self.compiles or not given.runtime.compile,
             f"{type(self).__name__} looks inside the network, which a compiled one does not allow; set "
             "runtime.compile: false",
+        )
+        require(
+            self.spreads or given.group.count == 1,
+            f"{type(self).__name__} works in one process, but {given.group.count} were started; start it without "
+            "torchrun (sophon spreads over several)",
         )
         require(
             self.suits(given.task),

@@ -79,6 +79,7 @@ class Sophon(Guarded):
     probe_lr: float = 1e-3  # its learning rate; ours
     released: ClassVar[Select] = "lowest"
     compiles: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -226,7 +227,8 @@ class _Engine(Engine):
         """One FTS loop: N adversaries, one Adam step; returns L_FTS (Eq. 4), NaN where all adversaries diverged."""
         accumulator = Accumulator()
         losses: list[float] = []
-        for n in range(self.spec.adversaries):
+        together = self.given.group
+        for n in together.own(self.spec.adversaries):
             own = Accumulator()
             adversary = self.spec.draw(self.seed, iteration, loop, n)
             loss = self.simulator.simulate(
@@ -240,9 +242,11 @@ class _Engine(Engine):
             if math.isfinite(loss) and own.finite():  # one that diverged has nothing to say
                 accumulator.merge(own)
                 losses.append(loss)
-        if not losses:
+        names = dict(self.simulator.learner.named_parameters())
+        count, total = accumulator.gather(names, together, len(losses), sum(losses))
+        if not count:
             return math.nan
-        accumulator.scale(1 / len(losses))
+        accumulator.scale(1 / count)
         accumulator.apply(self.model)
         if self.spec.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
@@ -255,7 +259,7 @@ class _Engine(Engine):
                 group["lr"] = self.spec.alpha * strength * self.rate(iteration)
             self.fts.step()
         self.model.zero_grad(set_to_none=True)
-        return sum(losses) / len(losses)
+        return total / count
 
     def _push(self, *_: Any) -> None:
         """Add the suppression gradient to that of reinforcement, before Adam's step."""
@@ -277,8 +281,10 @@ class _Engine(Engine):
         batches = given.batches(
             given.original.train, self.spec.ntr_batch_size, "reinforce", (iteration - 1) * count, count
         )
-        with seeded(self.seed, "reinforce", iteration):
-            return fit(self.model, batches, loss, self.ntr, runtime=given.runtime, forward=forward).loss
+        with seeded(self.seed, "reinforce", iteration, *given.group.stream):
+            return fit(
+                self.model, batches, loss, self.ntr, runtime=given.runtime, forward=forward, group=given.group
+            ).loss
 
 
 def _imitated(task: Task, teacher: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
