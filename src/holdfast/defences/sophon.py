@@ -38,8 +38,8 @@ class Sophon(Guarded):
     push by the signs of what they want, and what they want against each other (a smaller answer everywhere, a larger
     one everywhere) is all that happens; in the sum it cancels, and what is left tells the domains apart.
 
-    `repair` is ours: in the last share of the iterations the rates fall to zero along half a cosine, and only there
-    intactness is a constraint; before, it is recorded.
+    `repair` is ours: in the last share of the iterations the rates fall to zero along half a cosine, and only in the
+    second half of it intactness is a constraint; before, it is recorded.
 
     `reinforcement: distillation` is ours: on original data the model learns what the unprotected one answers, not what
     is true. What no model can know is no noise in that gradient, and the unprotected model's faults are kept with it.
@@ -204,8 +204,9 @@ class _Engine(Engine):
             load_state(self.teacher, given.model.state_dict())
 
     def phase(self, iteration: int) -> Phase:
-        """Before the repair, where there is one, intactness is only recorded."""
-        return "free" if self.repairing and iteration <= self.length - self.repairing else "candidate"
+        """Until half of the repair is done, where there is one, intactness is only recorded: a guard that weakens
+        suppression while most of the repair is still to come gives away what the tolerance allows."""
+        return "free" if self.repairing and iteration <= self.length - self.repairing / 2 else "candidate"
 
     def rate(self, iteration: int) -> float:
         """What the rates are multiplied with: 1, and in the repair ½·(1 + cos π·k/n), k = 0 … n − 1."""
