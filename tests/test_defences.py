@@ -328,7 +328,7 @@ def test_the_repair_of_sophon(clean_state, original, restricted, architecture, t
     given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
     spec = replace(QUICK_SOPHON, iterations=10, repair=0.4, inner_steps=1)
     engine = _Engine(spec, given)
-    assert [engine.phase(i) for i in range(1, 11)] == ["free"] * 6 + ["candidate"] * 4
+    assert [engine.phase(i) for i in range(1, 11)] == ["free"] * 8 + ["candidate"] * 2
     found = []
     for i in range(5, 11):
         engine.iterate(i, 0.5)
