@@ -14,6 +14,7 @@ ORDER = [
     "layers",
     "distributed",
     "seeding",
+    "memory",
     "runtime",
     "progress",
     "losses",

@@ -13,7 +13,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.losses import inverse_cross_entropy
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator
-from holdfast.simulation import Accumulator, Simulator, accumulate_along_path, step_weights
+from holdfast.simulation import Accumulator, Simulator, accumulate_along_path, step_weights, thinned
 from holdfast.tasks import Classification
 from holdfast.training import minibatches
 
@@ -124,6 +124,19 @@ def test_step_weights_sum_to_one() -> None:
     assert step_weights("last", 3) == [0, 0, 1]
     with pytest.raises(UserError, match="gamma must be one of"):
         step_weights("some", 3)
+
+
+def test_every_third_step_has_the_expectation_of_all() -> None:
+    gammas = step_weights("linear", 7)
+    seen = [thinned(gammas, 3, seed) for seed in range(600)]
+    firsts = [next(k for k, g in enumerate(s) if g) for s in seen]
+    assert sorted(set(firsts)) == [0, 1, 2]
+    assert all(150 < firsts.count(f) < 250 for f in (0, 1, 2))
+    chosen = {f: seen[firsts.index(f)] for f in (0, 1, 2)}
+    for first, weights in chosen.items():
+        assert weights == [3 * g if k % 3 == first else 0 for k, g in enumerate(gammas)]
+    assert [sum(w[k] for w in chosen.values()) / 3 for k in range(7)] == pytest.approx(gammas)
+    assert thinned(gammas, 1, 0) == gammas
 
 
 def test_accumulator_adds_and_applies_by_name(architecture) -> None:

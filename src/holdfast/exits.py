@@ -14,6 +14,7 @@ import typer
 from holdfast import stopping
 from holdfast.distributed import Told, joined
 from holdfast.errors import UserError, one_line
+from holdfast.memory import out_of_memory
 
 INTERRUPTED = 130  # the shell's code for SIGINT; typer turns the exception into it
 GRACE = 30  # seconds; what all processes stumble over is the first one's to say, and its end is theirs
@@ -34,6 +35,8 @@ def exit_with(app: typer.Typer) -> NoReturn:
     except OSError as error:
         _fail(f"{one_line(error)}; what was written before is intact, continue with --resume")
     except Exception as error:
+        if out_of_memory(error):
+            _fail(f"{one_line(error, 160)}; take smaller batches, runtime.checkpointing=true, or fewer --jobs")
         explain = getattr(error, "format_message", None)  # click's own complaints about options and arguments
         if explain is None:
             raise

@@ -47,7 +47,7 @@ class Inputs:
     def runtime(self) -> Runtime:
         """The resolved device and precision."""
         spec = self.recipe.runtime
-        return Runtime.choose(spec.device, spec.precision, spec.compile)  # type: ignore[arg-type]
+        return Runtime.choose(spec.device, spec.precision, spec.compile, spec.checkpointing)  # type: ignore[arg-type]
 
     @cached_property
     def architecture(self) -> Architecture:

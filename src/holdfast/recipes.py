@@ -27,13 +27,15 @@ PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", b
 
 @dataclass(frozen=True)
 class RuntimeSpec:
-    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `jobs`: audit processes (default: one a core).
+    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `checkpointing`: activations are computed anew in
+    the backward pass, for less memory and a third more work. `jobs`: audit processes (default: one a core).
     `ray`: address of a Ray cluster for the audit instead, or `local`.
     `threads`: of pre-training and protection (default: one for small networks, else torch's choice)."""
 
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    checkpointing: bool = False
     jobs: int | None = None
     ray: str | None = None
     threads: int | None = None

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import UserError, require
+from holdfast.memory import MicroBatches
 
 Precision = Literal["auto", "float32", "bf16"]
 
@@ -25,16 +26,21 @@ Precision = Literal["auto", "float32", "bf16"]
 class Runtime:
     """A resolved choice. Make one with `Runtime.choose`.
 
-    `bf16` means autocast: weights, gradients, losses and optimiser state stay in float32.
+    `bf16` means autocast: weights, gradients, losses and optimiser state stay in float32. `checkpointing`: activations
+    are computed anew in the backward pass (Chen et al., 2016). `micro` remembers what fits into memory.
     """
 
     device: str = "cpu"
     precision: str = "float32"
     channels_last: bool = True
     compile: bool = False
+    checkpointing: bool = False
+    micro: MicroBatches = field(default_factory=MicroBatches, compare=False, repr=False)
 
     @staticmethod
-    def choose(device: str = "auto", precision: Precision = "auto", compile: bool = False) -> Runtime:
+    def choose(
+        device: str = "auto", precision: Precision = "auto", compile: bool = False, checkpointing: bool = False
+    ) -> Runtime:
         """Resolve `auto`.
 
         bf16 with channels-last wherever the hardware multiplies bf16 (1.6–3 times float32 on such a CPU, more on a
@@ -53,7 +59,7 @@ class Runtime:
         if precision == "auto":
             precision = "bf16" if has_fast_bf16(device) else "float32"
         require(precision in ("float32", "bf16"), f"unknown precision '{precision}'; valid: auto, float32, bf16")
-        return Runtime(device, precision, True, compile)
+        return Runtime(device, precision, True, compile, checkpointing)
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes."""
@@ -66,6 +72,8 @@ class Runtime:
             for module in model.modules():  # only 4-d weights have such a layout
                 if isinstance(module, nn.Conv2d):
                     module.to(memory_format=torch.channels_last)
+        if self.checkpointing:
+            checkpoint_activations(model)
         if self.compile:
             model.compile()
         return model
@@ -75,6 +83,24 @@ class Runtime:
         if self.channels_last and batch.ndim == 4:
             return batch.to(self.device, memory_format=torch.channels_last)
         return batch.to(self.device)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let timm's and diffusers' networks recompute activations instead of keeping them; `UserError` for others.
+
+    Batch normalisation sees every batch twice then: its running statistics move by 1 − (1 − momentum)² instead of
+    momentum.
+    """
+    if callable(getattr(model, "set_grad_checkpointing", None)):
+        model.set_grad_checkpointing()  # type: ignore[operator]
+        return
+    found = [m for m in model.modules() if callable(getattr(m, "enable_gradient_checkpointing", None))]
+    require(
+        bool(found),
+        f"runtime.checkpointing: {type(model).__name__} cannot recompute its activations; networks of timm and "
+        "diffusers can",
+    )
+    found[0].enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def has_fast_bf16(device: str) -> bool:

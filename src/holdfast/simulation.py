@@ -45,6 +45,13 @@ def step_weights(kind: str, steps: int) -> list[float]:
     return [2 * k / (steps * (steps + 1)) for k in range(1, steps + 1)]
 
 
+def thinned(gammas: Sequence[float], every: int, seed: int) -> list[float]:
+    """Every `every`-th of γ_1 … γ_K, from one that `seed` draws evenly among the first `every`, each `every` times as
+    large: Σ over these steps has the expectation of Σ over all, and costs a share of it."""
+    first = int(torch.randint(every, (), generator=generator(seed, "thinned")))
+    return [every * g if k % every == first else 0.0 for k, g in enumerate(gammas)]
+
+
 @dataclass
 class Accumulator:
     """Σ of gradients by parameter name, in float32."""
@@ -126,12 +133,19 @@ def accumulate_along_path(
         gamma = gammas[step - 1]
         if gamma == 0:
             return
-        with runtime.autocast():
-            outputs = task.forward(learner, inputs, labels)
-        value = suppression(outputs, labels)
-        if targets:  # none where the adversary re-initialised all there is
-            accumulator.add(names, torch.autograd.grad(value, targets, allow_unused=True), gamma)
-        total.add_(value.detach(), alpha=gamma)
+        found = Accumulator()
+
+        def part(inputs: Tensor, labels: Tensor, share: float) -> Tensor:
+            with runtime.autocast():
+                outputs = task.forward(learner, inputs, labels)
+            value = suppression(outputs, labels)
+            if targets:  # none where the adversary re-initialised all there is
+                gradients = torch.autograd.grad(value, targets, allow_unused=True)
+                (accumulator if share == 1 else found).add(names, gradients, gamma * share)
+            return value.detach() * share
+
+        total.add_(runtime.micro.run(inputs, labels, part, found.sums.clear), alpha=gamma)
+        accumulator.merge(found)
 
     result = fit(
         learner,

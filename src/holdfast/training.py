@@ -101,19 +101,24 @@ def _gradients(
     group: Group,
 ) -> float:
     """The gradient of the mean loss over the samples of all processes; returns that loss."""
-    with runtime.autocast(), group.statistics() if not runtime.compile else nullcontext():
-        outputs = forward(model, inputs, targets)
-    current = loss(outputs, targets)
-    if group.count == 1:
+    mine = 1.0 if group.count == 1 else float(len(targets))
+
+    def part(inputs: Tensor, targets: Tensor, share: float) -> Tensor:
+        with runtime.autocast(), group.statistics() if not runtime.compile else nullcontext():
+            outputs = forward(model, inputs, targets)
+        current = loss(outputs, targets)
+        current = current if share * mine == 1 else current * (share * mine)
         current.backward()  # type: ignore[no-untyped-call]
-        return current.item()
-    mine = float(len(targets))
-    (current * mine).backward()  # type: ignore[no-untyped-call]
+        return current.detach()
+
+    if group.count == 1:
+        return runtime.micro.run(inputs, targets, part, partial(model.zero_grad, set_to_none=True)).item()
+    total = part(inputs, targets, 1.0)  # whole: the processes meet in it as often as each other
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    total = torch.stack([current.detach() * mine, torch.full_like(current, mine)])
-    group.sum([*gradients, total])
-    torch._foreach_div_(gradients, total[1])
-    return (total[0] / total[1]).item()
+    both = torch.stack([total, torch.full_like(total, mine)])
+    group.sum([*gradients, both])
+    torch._foreach_div_(gradients, both[1])
+    return (both[0] / both[1]).item()
 
 
 def _anew(optimiser: torch.optim.Optimizer, drawn: int | None, again: Callable[[], float]) -> None:
@@ -166,13 +171,26 @@ def evaluate(
     model: nn.Module, data: ImageData, task: Task, runtime: Runtime, batch_size: int = 500
 ) -> tuple[float, float]:
     """Metric and mean loss on all of `data`, in evaluation mode; the model's modes are put back."""
-    right = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    at = 0
+
+    def part(inputs: Tensor, targets: Tensor, _: float) -> Tensor:
+        nonlocal at
+        with runtime.autocast():
+            outputs = task.forward(model, inputs, targets, at)
+        at += len(targets)
+        loss = task.loss(outputs, targets).double() * len(targets)
+        return torch.stack([task.score(outputs, targets).sum().double(), loss])
+
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     with evaluating(model):
         for start in range(0, len(data), batch_size):
-            inputs, targets = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
-            with runtime.autocast():
-                outputs = task.forward(model, inputs, targets, start)
-            right += task.score(outputs, targets).sum()
-            total += task.loss(outputs, targets).double() * len(targets)
-    return right.item() / len(data), total.item() / len(data)
+
+            def begin(start: int = start) -> None:
+                nonlocal at
+                at = start
+
+            begin()
+            batch = data.batch(torch.arange(start, min(start + batch_size, len(data))), runtime)
+            sums += runtime.micro.run(*batch, part, begin)
+    right, total = sums.tolist()
+    return right / len(data), total / len(data)

@@ -18,7 +18,7 @@ from holdfast.guard import Phase, Select
 from holdfast.models import load_state
 from holdfast.optimisers import OPTIMISERS
 from holdfast.seeding import derive, generator, seeded
-from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights
+from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights, thinned
 from holdfast.tasks import Loss, Task
 from holdfast.training import Forward, fit
 
@@ -58,6 +58,9 @@ class Sophon(Guarded):
     inner_lr: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # paper: these
     inner_batch_size: tuple[int, ...] = (50, 100, 150, 200, 250)  # paper: these
     inner_optimiser: tuple[str, ...] = ("adam",)  # paper: Adam
+    evaluate_every: int = (
+        1  # s; paper: every step. Ours: every s-th only, from a step drawn for each adversary, s·γ each
+    )
     gamma: str = "uniform"  # γ; paper: not stated; published code: uniform
     held_out_fraction: float = 0.2  # |T|/(|R|+|T|); paper: not stated; published code: 20 of 150, 0.13
     fts_loops: int = 1  # ℓ_FTS; paper: 1
@@ -87,6 +90,10 @@ class Sophon(Guarded):
         require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
         require_rates(self, "alpha", "beta")
         require(0 < self.probe_lr <= 10, f"probe_lr must lie in (0, 10], but got {self.probe_lr}")
+        require(
+            1 <= self.evaluate_every <= self.inner_steps,
+            f"evaluate_every must lie in 1 … inner_steps, {self.inner_steps}, but got {self.evaluate_every}",
+        )
         for name, valid in (("update", UPDATES), ("reinforcement", REINFORCEMENTS), ("gamma", GAMMAS)):
             chosen = getattr(self, name)
             require(chosen in valid, f"{name} must be one of {', '.join(valid)}, but got '{chosen}'")
@@ -232,13 +239,14 @@ class _Engine(Engine):
         for n in together.own(self.spec.adversaries):
             own = Accumulator()
             adversary = self.spec.draw(self.seed, iteration, loop, n)
+            seed = derive(self.seed, "simulation", iteration, loop, n)
             loss = self.simulator.simulate(
                 self.model.state_dict(),
                 replace(adversary, lr=adversary.lr * self.onset(iteration)),
-                self.gammas,
+                thinned(self.gammas, self.spec.evaluate_every, seed),
                 self.suppression,
                 own,
-                derive(self.seed, "simulation", iteration, loop, n),
+                seed,
             )
             if math.isfinite(loss) and own.finite():  # one that diverged has nothing to say
                 accumulator.merge(own)

@@ -1,0 +1,65 @@
+"""Out of memory: the batch is worked on in parts, with the same gradient, instead of dying."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from holdfast.errors import UserError
+
+Part = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class MicroBatches:
+    """How many samples at once have turned out to fit into memory; `most` is None as long as all did.
+
+    Σ over the parts of share · (mean loss of a part) is the mean loss of the batch, and so is its gradient. Only what
+    looks at a batch as a whole differs: batch statistics are those of a part, dropout and noise are drawn anew.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    def run(self, inputs: Tensor, targets: Tensor, work: Part, again: Callable[[], object] = lambda: None) -> Tensor:
+        """Σ of `work(inputs, targets, share)` over the parts of a batch (n, …), (n,); `share` is the part's of n.
+
+        Where memory runs out the parts are halved, `again` is called to undo what was done, and the batch begins anew.
+        `UserError` where one sample is too much.
+        """
+        while True:
+            size = min(len(targets), self.most or len(targets))
+            try:
+                return self._parts(inputs, targets, work, size)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                said = str(error).split("\n")[0]
+            self._halve(size, said)  # outside of the handler, which would keep the failed step's tensors alive
+            again()
+
+    def _parts(self, inputs: Tensor, targets: Tensor, work: Part, size: int) -> Tensor:
+        count = len(targets)
+        if size == count:
+            return work(inputs, targets, 1.0)
+        pairs = zip(inputs.split(size), targets.split(size), strict=True)  # type: ignore[no-untyped-call]
+        return torch.stack([work(i, t, len(t) / count) for i, t in pairs]).sum(0)
+
+    def _halve(self, size: int, said: str) -> None:
+        if size == 1:
+            raise UserError(f"out of memory with one sample at a time ({said[:120]}); take a smaller model or input")
+        self.most = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(
+            f"out of memory with {size} samples at once: from here on at most {self.most}, gradients are summed "
+            "(batch statistics are those of a part)",
+            file=sys.stderr,
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of torch, on a GPU or a CPU, has said no."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

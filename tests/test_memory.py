@@ -1,0 +1,154 @@
+"""Out of memory: smaller parts and the same gradient; activations computed anew."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
+from holdfast.memory import out_of_memory
+from holdfast.models import Architecture
+from holdfast.runtime import Runtime
+from holdfast.simulation import Accumulator, Simulator, step_weights
+from holdfast.tasks import Classification
+from holdfast.training import evaluate, fit, minibatches
+
+
+class Narrow(nn.Module):
+    """A linear network that has room for `most` samples."""
+
+    def __init__(self, most: int, pixels: int = 64, classes: int = 5) -> None:
+        super().__init__()
+        self.most, self.seen = most, []
+        torch.manual_seed(0)
+        self.layer = nn.Linear(pixels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has")
+        return self.layer(images.flatten(1))
+
+
+def trained(most: int, data, steps: int = 3) -> tuple[Narrow, float, Runtime]:
+    model, runtime = Narrow(most), Runtime("cpu", "float32")
+    optimiser = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    result = fit(model, minibatches(data, 13, steps, 0, runtime), F.cross_entropy, optimiser, runtime=runtime)
+    return model, result.loss, runtime
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(original, capsys) -> None:
+    whole, loss, _ = trained(100, original.train)
+    parts, same, runtime = trained(4, original.train)
+    assert torch.allclose(whole.layer.weight, parts.layer.weight, atol=1e-6)
+    assert same == pytest.approx(loss, abs=1e-6)
+    assert parts.seen == [13, 7] + [4, 4, 4, 1] * 3  # remembered: later steps begin with what fits
+    assert runtime.micro.most == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"out of memory with {n} samples at once" for n in (13, 7)]
+
+
+def test_one_sample_that_does_not_fit_is_one_line(original) -> None:
+    with pytest.raises(UserError, match=r"one sample at a time \(CUDA out of memory. Tried to allocate 20.00 MiB.\)"):
+        trained(0, original.train)
+
+
+def test_other_errors_are_not_taken_for_it(original) -> None:
+    model = Narrow(100, pixels=63)
+    optimiser = torch.optim.SGD(model.parameters(), 0.5)
+    runtime = Runtime("cpu", "float32")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(model, minibatches(original.train, 13, 1, 0, runtime), F.cross_entropy, optimiser, runtime=runtime)
+    assert model.seen == [13]
+
+
+@pytest.mark.parametrize("most", [3, 5, 19])
+def test_suppression_in_parts(most: int, restricted, task: Classification) -> None:
+    def simulated(room: int) -> tuple[float, Accumulator]:
+        learner, found = Narrow(room), Accumulator()
+        state = {n: v.clone() for n, v in learner.state_dict().items()}
+        architecture = Architecture("small_conv", 8, 1)
+        simulator = Simulator(
+            learner, architecture, 5, restricted.train, task, Runtime("cpu", "float32"), held_out_fraction=0.5
+        )
+        tuning = FineTuning(optimiser="sgd", lr=0.1, weight_decay=0.0, batch_size=20, steps=4)
+        loss = simulator.simulate(state, tuning, step_weights("linear", 4), task.suppression("klu"), found, 0)
+        return loss, found
+
+    loss, whole = simulated(100)
+    same, parts = simulated(most)
+    assert same == pytest.approx(loss, abs=1e-6)
+    assert whole.sums.keys() == parts.sums.keys()
+    assert all(torch.allclose(v, parts.sums[n], atol=1e-6) for n, v in whole.sums.items())
+
+
+def test_evaluation_in_parts_knows_where_it_is(original) -> None:
+    class Placed(Classification):
+        places: ClassVar[list[tuple[int, int]]] = []
+
+        def forward(self, model: nn.Module, inputs: Tensor, targets: Tensor, first: int | None = None) -> Tensor:
+            outputs = super().forward(model, inputs, targets, first)
+            self.places.append((first or 0, len(inputs)))
+            return outputs
+
+    data = original.validation.subset(torch.arange(25))
+    whole = evaluate(Narrow(100), data, Classification(), Runtime("cpu", "float32"), batch_size=10)
+    parts = evaluate(Narrow(4), data, Placed(), Runtime("cpu", "float32"), batch_size=10)
+    assert parts == pytest.approx(whole, abs=1e-6)
+    assert Placed.places == [(0, 3), (3, 3), (6, 3), (9, 1), (10, 3), (13, 3), (16, 3), (19, 1), (20, 3), (23, 2)]
+
+
+REAL = """
+import resource, torch
+from torch import nn
+from holdfast.runtime import Runtime
+from holdfast.training import fit
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 1, 3), nn.Flatten(), nn.LazyLinear(2))
+runtime = Runtime("cpu", "float32", False)
+def step(count):
+    batch = (torch.ones(count, 1, 32, 32), torch.zeros(count, dtype=torch.int64))
+    optimiser = torch.optim.SGD(model.parameters(), 0.01)
+    return fit(model, [batch], nn.functional.cross_entropy, optimiser, runtime=runtime)
+step(2)
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + 150 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+print(step(1000).steps, runtime.micro.most)  # 256 MiB for what the first layer alone gives
+"""
+
+
+def test_the_real_allocator_says_no() -> None:
+    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    steps, most = map(int, done.stdout.split())
+    assert steps == 1
+    assert 1 < most < 1000
+    assert done.stderr.startswith("out of memory with 1000 samples at once: from here on at most 500")
+
+
+def test_allocators_are_known_by_what_they_say() -> None:
+    assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_activations_computed_anew_give_the_same_gradients() -> None:
+    architecture = Architecture("resnet18", size=32, channels=3)
+    images, labels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    found = []
+    for checkpointing in (False, True):
+        model = Runtime("cpu", "float32", checkpointing=checkpointing).place(architecture.build(3, 1)).train()
+        assert getattr(model, "grad_checkpointing", None) is checkpointing
+        F.cross_entropy(model(images), labels).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_a_network_that_cannot_recompute_is_told() -> None:
+    with pytest.raises(UserError, match="Sequential cannot recompute its activations; networks of timm and diffusers"):
+        Runtime("cpu", "float32", checkpointing=True).place(nn.Sequential(nn.Linear(2, 2)))
