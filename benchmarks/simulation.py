@@ -4,9 +4,12 @@ For each model, one JSON object:
 
 - `time_ratio_to_passes`: one FTS loop of K inner steps ÷ the same number of plain passes (K forward–backward–steps on
   adapting batches and K forward–backwards on held-out ones), medians of interleaved pairs; goal ≤ 1.10
-- `memory_ratio_k50_k5`: peak memory of a loop with K = 50 ÷ one with K = 5; goal ≤ 1.05
+- `memory_ratio_k100_k5`: peak memory of a loop with K = 100 ÷ one with K = 5; goal ≤ 1.05
 - `speed_ratio_to_unroll`, `memory_ratio_to_unroll`: a straightforward unroll that keeps its K graphs ÷ ours (time), and
   ours ÷ the unroll (peak memory), in the same run
+- `speed_ratio_to_published`, `memory_ratio_to_published`: the same against the published way, which is that unroll in
+  float32, without channels-last, at K = 50; goals ≥ 2 and ≤ 1/10 (small network), ≥ 1.5 and ≤ 1/5 (ResNet-18, 64×64)
+- `seconds_a_step`: of a loop ÷ K, for several K; `seconds_an_adversary`: ÷ N, for several N. Linear is constant here
 
 Peak memory on a CPU is the resident size of a fresh process for each measurement, above that process's level before
 the loop; on a GPU it is what the allocator handed out.
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -45,7 +49,11 @@ from holdfast.tasks import Classification
 MODELS = {
     "small_conv": (Architecture("small_conv", 32, 3), 100),
     "resnet18": (Architecture("resnet18", 32, 3), 50),
+    "resnet18-64": (Architecture("resnet18", 64, 3), 20),
 }
+PUBLISHED_K = 50
+LONG = (25, 50, 100, 200)  # K of the timed loops
+MANY = (1, 2, 4)  # N
 CLASSES = 10
 LR = 1e-3
 
@@ -149,10 +157,10 @@ def status_mb(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
-def in_fresh_process(name: str, what: str, k: int, arguments: argparse.Namespace) -> float:
+def in_fresh_process(name: str, what: str, k: int, arguments: argparse.Namespace, *more: str) -> float:
     """`peak_above_start_mb` in a process of its own: an allocator remembers."""
     command = [sys.executable, __file__, "--peak", name, what, str(k)]
-    command += ["--device", arguments.device, "--precision", arguments.precision]
+    command += ["--device", arguments.device, "--precision", arguments.precision, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -164,18 +172,53 @@ def measure(name: str, arguments: argparse.Namespace, runtime: Runtime) -> dict[
     to_unroll = interleaved(lambda: bench.unroll(k), lambda: bench.loop(k), max(1, arguments.pairs // 2))
     peaks = {
         key: statistics.median(in_fresh_process(name, what, n, arguments) for _ in range(3))
-        for key, what, n in (("k5", "loop", 5), ("k50", "loop", 50), ("unroll", "unroll", k))
+        for key, what, n in (("k5", "loop", 5), ("k100", "loop", 100), ("unroll", "unroll", k))
     }
-    own = peaks["k50"] if k == 50 else in_fresh_process(name, "loop", k, arguments)
+    own = in_fresh_process(name, "loop", k, arguments)
+    published = against_published(name, arguments, runtime) if arguments.published else {}
+    linear = linearity(bench) if arguments.linear else {}
     return {
         "model": name,
         "batch": bench.batch,
         "inner_steps": k,
         "time_ratio_to_passes": round(to_passes, 3),
         "speed_ratio_to_unroll": round(to_unroll, 3),
-        "memory_ratio_k50_k5": round(peaks["k50"] / peaks["k5"], 3),
+        "memory_ratio_k100_k5": round(peaks["k100"] / peaks["k5"], 3),
         "memory_ratio_to_unroll": round(own / peaks["unroll"], 3),
         "peak_mb_above_start": {n: round(v, 1) for n, v in peaks.items()},
+        **published,
+        **linear,
+    }
+
+
+def against_published(name: str, arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """One loop of ours and one of theirs, in turn; their peak and ours, in fresh processes."""
+    k = PUBLISHED_K
+    ours, theirs = Bench(name, runtime), Bench(name, Runtime(runtime.device, "float32", channels_last=False))
+    speed = interleaved(lambda: theirs.unroll(k), lambda: ours.loop(k), max(1, arguments.pairs // 3))
+    peaks = [in_fresh_process(name, what, k, arguments, *more) for what, more in WAYS.items()]
+    return {
+        "published_inner_steps": k,
+        "speed_ratio_to_published": round(speed, 3),
+        "memory_ratio_to_published": round(peaks[0] / peaks[1], 3),
+        "published_peak_mb": round(peaks[1], 1),
+    }
+
+
+WAYS = {"loop": (), "unroll": ("--precision", "float32", "--contiguous")}
+
+
+def linearity(bench: Bench) -> dict[str, Any]:
+    """Seconds a step and an adversary: medians of three rounds over all K, then over all N."""
+    bench.loop(LONG[0])
+    long = {k: statistics.median(seconds(lambda k=k: bench.loop(k)) for _ in range(3)) / k for k in LONG}
+    many = {
+        n: statistics.median(seconds(lambda n=n: [bench.loop(LONG[0]) for _ in range(n)]) for _ in range(3)) / n
+        for n in MANY
+    }
+    return {
+        "seconds_a_step": {k: round(v, 5) for k, v in long.items()},
+        "seconds_an_adversary": {n: round(v, 4) for n, v in many.items()},
     }
 
 
@@ -188,10 +231,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--published", action="store_true", help="against the published way too: minutes, gigabytes")
+    parser.add_argument("--linear", action="store_true", help="seconds a step for K up to 200 too")
+    parser.add_argument("--contiguous", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=3, metavar=("MODEL", "WHAT", "K"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runtime = Runtime.choose(arguments.device, arguments.precision)
+    runtime = replace(Runtime.choose(arguments.device, arguments.precision), channels_last=not arguments.contiguous)
     if arguments.peak:
         name, what, k = arguments.peak
         print(peak_above_start_mb(name, what, int(k), runtime))

@@ -17,9 +17,9 @@ from holdfast.defences.sophon import Sophon
 from holdfast.defences.unsir import UNSIR
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
-from holdfast.guard import Workplace
 from holdfast.models import Architecture, state_of
 from holdfast.training import evaluate
+from holdfast.workplace import Workplace
 
 QUICK_SOPHON = Sophon(
     adversaries=1,

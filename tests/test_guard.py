@@ -9,7 +9,8 @@ from torch import nn
 
 from holdfast.errors import UserError
 from holdfast.files import load_torch
-from holdfast.guard import Guard, Workplace, run_guarded
+from holdfast.guard import Guard, run_guarded
+from holdfast.workplace import Workplace
 
 
 class Bench:

@@ -45,6 +45,7 @@ ORDER = [
     "simulation",
     "statistics",
     "metrics",
+    "workplace",
     "guard",
     "defences.base",
     "defences.sophon",

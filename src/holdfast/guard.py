@@ -8,23 +8,20 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.checkpoints import Checkpoint
-from holdfast.distributed import Group, current
 from holdfast.errors import UserError, require
-from holdfast.files import save_every_seconds
 from holdfast.models import State, load_state, state_of
 from holdfast.progress import Bar, Reporter
 from holdfast.scales import ACCURACY, Scale
 from holdfast.stopping import unfinished
+from holdfast.workplace import Workplace, Write, curves
 
 Phase = Literal["free", "guarded", "candidate"]
 Select = Literal["lowest", "last"]
@@ -69,26 +66,6 @@ class Guard:
     def __post_init__(self) -> None:
         require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
         require(self.every >= 1, f"check_every must be at least 1, but got {self.every}")
-
-
-@dataclass
-class Workplace:
-    """Where a defence keeps its checkpoint and curves, and says how far it is. Without a folder, nothing is kept.
-
-    `group`: the processes that share the work. The first one measures, keeps and speaks; the others follow.
-    """
-
-    folder: Path | None = None
-    resume: bool = False
-    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
-    save_every_seconds: float = field(default_factory=save_every_seconds)
-    group: Group = field(default_factory=current)
-
-    def checkpoint(self, identity: str) -> Checkpoint | None:
-        """The checkpoint of the run of that name, where one is kept."""
-        if self.folder is None or not self.group.first:
-            return None
-        return Checkpoint(self.folder / "checkpoint.pt", identity, self.resume, self.reporter.say)
 
 
 @dataclass
@@ -168,7 +145,7 @@ def run_guarded(
     saved = time.monotonic()
     reporter = workplace.reporter if group.first else Reporter(quiet=True)
     bar_of = reporter.bar("protect", iterations, progress.iteration)
-    with unfinished(group.any) as between_steps, bar_of as bar, _curves(workplace) as write:
+    with unfinished(group.any) as between_steps, bar_of as bar, curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
         while not last:
             i = progress.iteration + 1
@@ -237,8 +214,17 @@ def _snapshot(model: nn.Module, optimisers: Mapping[str, Stateful], phase: Phase
     return {
         "phase": phase,
         "model": state_of(model),
-        "optimisers": {n: copy.deepcopy(o.state_dict()) for n, o in optimisers.items()},
+        "optimisers": {n: _on_host(o.state_dict()) for n, o in optimisers.items()},
     }
+
+
+def _on_host(value: Any) -> Any:
+    """A copy whose tensors lie in the host's memory: a device has none to spare for two Adams' state once more."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {k: _on_host(v) for k, v in value.items()}
+    return [_on_host(v) for v in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _restore(model: nn.Module, optimisers: Mapping[str, Stateful], good: Good) -> None:
@@ -294,24 +280,6 @@ def _save(
             "best": best,
         }
     )
-
-
-Write = Callable[[str, float, int], None]
-
-
-@contextmanager
-def _curves(workplace: Workplace) -> Iterator[Write]:
-    """A writer of TensorBoard scalars; without a folder, one that does nothing."""
-    if workplace.folder is None or not workplace.group.first:
-        yield lambda *_: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(workplace.folder / "tensorboard"))
-    try:
-        yield lambda name, value, step: writer.add_scalar(name, value, step)
-    finally:
-        writer.close()
 
 
 def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:

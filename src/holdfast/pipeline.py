@@ -32,7 +32,6 @@ from holdfast.domains import public_name
 from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
-from holdfast.guard import Workplace
 from holdfast.inputs import Inputs
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import pretrain
@@ -43,6 +42,7 @@ from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
+from holdfast.workplace import Workplace
 
 NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean model's card
 

@@ -13,12 +13,13 @@ from holdfast.bundle import Bundle
 from holdfast.defences.registry import measure_states
 from holdfast.domains import public_name
 from holdfast.files import write_json
-from holdfast.guard import History, Workplace
+from holdfast.guard import History
 from holdfast.inputs import Inputs
 from holdfast.models import state_of
 from holdfast.progress import duration
 from holdfast.pruning import PRUNED, pruned
 from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads
+from holdfast.workplace import Workplace
 
 NOTHING_FOUND = "protect: no state within the tolerance was better than the model as it was, which is what is kept"
 

@@ -16,13 +16,14 @@ from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.finetuning import FineTuning, Initialise
-from holdfast.guard import Guard, History, Phase, Select, Stateful, Workplace, run_guarded
+from holdfast.guard import Guard, History, Phase, Select, Stateful, run_guarded
 from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator
 from holdfast.tasks import Task
 from holdfast.training import Batch, evaluate, minibatches
+from holdfast.workplace import Workplace
 
 
 @dataclass(frozen=True)
