@@ -24,17 +24,17 @@ RECIPE = {
     "original": "digits[0-4]",
     "restricted": {"data": "digits[5-9]", "adversary": 60},
     "model": {"name": "small_conv", "size": 8, "channels": 1, "options": {"width": 8}},
-    "pretrain": {"steps": 40, "lr": 0.003},
+    "pretrain": {"steps": 12, "lr": 0.003, "warmup": 2},
     "defence": {
-        "adversaries": 3,
-        "inner_steps": 4,
+        "adversaries": 2,
+        "inner_steps": 2,
         "inner_batch_size": [20],
         "inner_lr": [0.001],
-        "iterations": 12,
+        "iterations": 8,
         "ntr_batch_size": 31,
-        "probe_steps": 5,
+        "probe_steps": 2,
         "check_every": 4,
-        "tolerance": 0.5,
+        "tolerance": 0.9,
     },
     "audit": {
         "battery": "own",
@@ -67,25 +67,26 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_processes_together_do_what_each_does_alone() -> None:
-    code, out, err = finish(start(HERE / "two_processes.py"))
+def test_two_processes_together_do_what_each_does_alone(tmp_path: Path) -> None:
+    code, out, err = finish(start(HERE / "two_processes.py", tmp_path))
     assert code == 0, err
     apart = json.loads(out)
     assert apart["batch_statistics"] < 1e-12
     assert apart["training"] < 1e-12
+    assert apart["shards"] < 1e-12
     assert apart["gathering"] == apart["errors"] == 0
     assert apart["protecting 1"] < 1e-5  # one of the two has no adversary
     assert apart["protecting 3"] < 1e-5  # two and one
+    assert apart["protecting in shards"] < 1e-5
+    assert apart["resuming"] == apart["resuming shards"] == 0
 
 
 def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(recipe: Path, tmp_path: Path) -> None:
     undisturbed = start("-m", "holdfast", "protect", recipe, "--out", tmp_path / "calm")
     assert finish(undisturbed)[0] == 0
-    saving = {"HOLDFAST_SAVE_SECONDS": "0"}
     words = ("-m", "holdfast", "run", recipe, "--out", tmp_path / "shot", "--resume")
-    process = start(*words, restarts=1, **saving)
-    checkpoint = tmp_path / "shot" / "protection" / "checkpoint.previous.pt"
-    wait_for(checkpoint, process)
+    process = start(*words, restarts=1, HOLDFAST_SAVE_SECONDS="0")
+    wait_for(tmp_path / "shot" / "protection" / "checkpoint.previous.pt", process)
     os.kill(max(children(process.pid)), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err

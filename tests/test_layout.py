@@ -11,6 +11,7 @@ ORDER = [
     "files",
     "checkpoints",
     "stopping",
+    "sharding",
     "layers",
     "distributed",
     "seeding",

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import UserError, one_line
@@ -88,6 +90,14 @@ class Group:
         _reduce(flags)
         return flags.item() > 0
 
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor([number])
+        _reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers.item())
+
     def statistics(self) -> AbstractContextManager[Any]:
         """Within it, batch normalisation in training takes the statistics of all processes' samples together."""
         return nullcontext() if self.count == 1 else _Together()
@@ -112,14 +122,18 @@ def joined() -> Iterator[Group]:
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    store, rank, count = next(rendezvous("env://"))
+    # torchrun keeps its store through a restart, and in it the addresses of processes that are gone.
+    attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=attempt, rank=rank, world_size=count)
     yield current()
     dist.destroy_process_group()  # not after an error: nccl would wait for what will never come
 
 
-def _reduce(tensor: Tensor) -> None:
+def _reduce(tensor: Tensor, by: Any = dist.ReduceOp.SUM) -> None:
     try:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, by)
     except RuntimeError as error:  # whatever a backend raises where the other side is gone
         raise UserError(LOST.format(one_line(error, 100))) from error
 

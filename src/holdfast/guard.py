@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.checkpoints import Checkpoint
 from holdfast.errors import UserError, require
-from holdfast.models import State, load_state, state_of
+from holdfast.models import State, load_state, parts_of_state
 from holdfast.progress import Bar, Reporter
 from holdfast.scales import ACCURACY, Scale
+from holdfast.sharding import own, reshard_state
 from holdfast.stopping import unfinished
 from holdfast.workplace import Workplace, Write, curves
 
@@ -134,10 +136,11 @@ def run_guarded(
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
     watch, group = _Watch(), workplace.group
-    original, restricted = partial(group.agreed, original), partial(group.agreed, restricted)
+    if not workplace.sharded:  # else it takes all to run the model, and all find the same
+        original, restricted = partial(group.agreed, original), partial(group.agreed, restricted)
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
-    saved_state = group.agreed(lambda: checkpoint.load() if checkpoint else None)
+    saved_state = workplace.load(checkpoint)
     state = _start(model, optimisers, original, probe, saved_state, phase(1))
     progress, good, best = state
     spent = progress.history.seconds
@@ -157,13 +160,16 @@ def run_guarded(
             broken = not all(math.isfinite(v) for v in losses.values())
             if broken or i % guard.every == 0 or last:
                 measures = (original, probe, phase(i), select)
-                good, best = _check(model, optimisers, guard, floor, measures, losses, broken, progress, good, best)
+                good, best = _check(
+                    model, optimisers, guard, floor, measures, losses, broken, progress, good, best, group.any
+                )
                 _tell(bar, write, progress.history.checks[-1], losses)
             bar.update(i)
             progress.history.seconds = spent + watch.seconds()
             save = partial(_save, checkpoint, model, optimisers, progress, good, best)
             between_steps(save)
-            if time.monotonic() - saved > workplace.save_every_seconds or last:
+            due = time.monotonic() - saved > workplace.save_every_seconds or last
+            if group.any(due) if workplace.sharded else due:
                 save()
                 saved = time.monotonic()
     load_state(model, best)
@@ -185,10 +191,11 @@ def _check(
     progress: _Progress,
     good: Good,
     best: State,
+    agreed: Callable[[bool], bool],
 ) -> tuple[Good, State]:
     """Measure; accept the state or go back. Returns the last good and the best state."""
     original, restricted, phase, select = measures
-    broken = broken or not all(bool(v.isfinite().all()) for v in model.state_dict().values())
+    broken = agreed(broken or not all(bool(own(v).isfinite().all()) for v in model.state_dict().values()))
     kept = math.nan if broken else original()
     breach = broken or (kept < floor and phase != "free")
     entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
@@ -205,7 +212,7 @@ def _check(
         progress.strength = min(1.0, progress.strength * guard.recover)
         if phase == "candidate" and (select == "last" or score < progress.best_score):
             progress.best_score, progress.best_iteration = score, progress.iteration
-            best = state_of(model)
+            best = parts_of_state(model)
     progress.history.checks.append({k: v for k, v in entry.items() if math.isfinite(v)})
     return good, best
 
@@ -213,7 +220,7 @@ def _check(
 def _snapshot(model: nn.Module, optimisers: Mapping[str, Stateful], phase: Phase) -> Good:
     return {
         "phase": phase,
-        "model": state_of(model),
+        "model": parts_of_state(model),
         "optimisers": {n: _on_host(o.state_dict()) for n, o in optimisers.items()},
     }
 
@@ -221,7 +228,7 @@ def _snapshot(model: nn.Module, optimisers: Mapping[str, Stateful], phase: Phase
 def _on_host(value: Any) -> Any:
     """A copy whose tensors lie in the host's memory: a device has none to spare for two Adams' state once more."""
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        return own(value.detach()).cpu().clone()
     if isinstance(value, dict):
         return {k: _on_host(v) for k, v in value.items()}
     return [_on_host(v) for v in value] if isinstance(value, list) else copy.deepcopy(value)
@@ -231,6 +238,8 @@ def _restore(model: nn.Module, optimisers: Mapping[str, Stateful], good: Good) -
     load_state(model, good["model"])
     for name, optimiser in optimisers.items():
         optimiser.load_state_dict(copy.deepcopy(good["optimisers"][name]))
+        if isinstance(optimiser, torch.optim.Optimizer):
+            reshard_state(optimiser)
 
 
 def _start(
@@ -251,7 +260,11 @@ def _start(
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")
     first = {"iteration": 0.0, "original": baseline, "restricted": score, "strength": 1.0}
-    return _Progress(0, 1.0, score, 0, baseline, History([first])), _snapshot(model, optimisers, phase), state_of(model)
+    return (
+        _Progress(0, 1.0, score, 0, baseline, History([first])),
+        _snapshot(model, optimisers, phase),
+        parts_of_state(model),
+    )
 
 
 def _save(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import UserError, require
+from holdfast.sharding import assign
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -117,6 +118,6 @@ def initialise_head(layer: nn.Module, rng: torch.Generator) -> None:
     with torch.no_grad():
         fresh = torch.empty(weight.shape, dtype=torch.float32)
         nn.init.xavier_uniform_(fresh.flatten(1), generator=rng)
-        weight.copy_(fresh)
+        assign(weight, fresh)
         if isinstance(bias, Tensor):
             bias.zero_()

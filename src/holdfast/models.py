@@ -20,6 +20,7 @@ from holdfast.files import load_torch, write_atomic
 from holdfast.layers import find_head
 from holdfast.preprocessing import Preprocessing
 from holdfast.seeding import seeded
+from holdfast.sharding import assign, fits, own, whole
 
 State = dict[str, Tensor]
 Factory = Callable[[int], nn.Module]
@@ -137,29 +138,34 @@ def import_factory(name: str) -> Factory:
 
 
 def state_of(model: nn.Module) -> State:
-    """A copy of the model's parameters and buffers, on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    """A copy of the model's parameters and buffers, on the CPU; of a sharded model they are put together, by all."""
+    return {name: whole(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
+
+
+def parts_of_state(model: nn.Module) -> State:
+    """A copy of what this process has of the model's parameters and buffers, on the CPU; all, unless it is sharded."""
+    return {name: own(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `model`, in place. Raises `UserError` where names or shapes do not fit."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    there = model.state_dict()
+    missing, extra = sorted(there.keys() - state.keys()), sorted(state.keys() - there.keys())
     require(
         not missing and not extra,
         f"weights do not fit the model: {len(missing)} missing ({', '.join(missing[:2])}), "
         f"{len(extra)} unknown ({', '.join(extra[:2])})",
     )
-    wrong = [n for n in own if own[n].shape != state[n].shape]
+    wrong = [n for n in there if not fits(there[n], state[n])]
     if wrong:
         name = wrong[-1]
         raise UserError(
             f"weights do not fit the model: '{name}' is {tuple(state[name].shape)} in the file, but "
-            f"{tuple(own[name].shape)} in the model (does the number of classes agree?)"
+            f"{tuple(there[name].shape)} in the model (does the number of classes agree?)"
         )
     with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(state[name])
+        for name, value in there.items():
+            assign(value, state[name])
 
 
 def load_weights(path: str | Path) -> State:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from holdfast import models
 from holdfast.bundle import Bundle
@@ -15,7 +14,7 @@ from holdfast.domains import public_name
 from holdfast.files import write_json
 from holdfast.guard import History
 from holdfast.inputs import Inputs
-from holdfast.models import state_of
+from holdfast.models import State, state_of
 from holdfast.progress import duration
 from holdfast.pruning import PRUNED, pruned
 from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads
@@ -27,7 +26,11 @@ NOTHING_FOUND = "protect: no state within the tolerance was better than the mode
 def defend(given: Inputs, clean: Bundle, folder: Path, workplace: Workplace, intra_op: int | None) -> Bundle:
     """The model of `clean`, protected, with `intra_op` threads; `history.json` goes to `folder`. All processes of the
     workplace's group take part, and have the result."""
-    model = given.runtime.place(given.architecture.build(len(clean.classes)))
+    group = workplace.group
+    runtime = given.runtime
+    if given.recipe.runtime.shard and group.count > 1:
+        runtime, workplace = replace(runtime, sharing=group), replace(workplace, sharded=True)
+    model = runtime.place(given.architecture.build(len(clean.classes)))
     models.load_state(model, clean.state)
     defender, _ = given.halves
     started = time.monotonic()
@@ -40,20 +43,21 @@ def defend(given: Inputs, clean: Bundle, folder: Path, workplace: Workplace, int
             restricted_classes=len(given.restricted.classes),
             architecture=given.architecture,
             task=given.task,
-            runtime=given.runtime,
+            runtime=runtime,
             seed=given.recipe.seed,
             identity=given.work_identity,
             workplace=workplace,
         )
     seconds = history.seconds or time.monotonic() - started
-    workplace.group.agreed(lambda: _note(given, clean, model, history, seconds, folder, workplace))
-    return _bundle(given, clean, model, history)
+    state = state_of(model)
+    group.agreed(lambda: _note(given, clean, state, history, seconds, folder, workplace))
+    return _bundle(given, clean, state, history)
 
 
 def _note(
     given: Inputs,
     clean: Bundle,
-    model: nn.Module,
+    state: State,
     history: History,
     seconds: float,
     folder: Path,
@@ -61,10 +65,12 @@ def _note(
 ) -> None:
     """Write what happened, and say how it ended."""
     say = workplace.reporter.say
+    model = given.runtime.place(given.architecture.build(len(clean.classes)))
+    models.load_state(model, state)
     measured = measure_states(
         given.recipe.defence_object,
         given.given(model),
-        {"clean": clean.state, "protected": state_of(model)},
+        {"clean": clean.state, "protected": state},
         given.restricted.test,
         workplace.reporter,
     )
@@ -85,7 +91,7 @@ def _note(
         say(NOTHING_FOUND)
 
 
-def _bundle(given: Inputs, clean: Bundle, model: nn.Module, history: History) -> Bundle:
+def _bundle(given: Inputs, clean: Bundle, state: State, history: History) -> Bundle:
     """What is released, with what a reader of its card wants to know."""
     name, fields = given.recipe.defence_name, given.recipe.as_dict()["defence"]
     details: dict[str, Any] = {
@@ -95,7 +101,6 @@ def _bundle(given: Inputs, clean: Bundle, model: nn.Module, history: History) ->
     }
     if history.released is not None:
         details["released"] = history.released
-    state = state_of(model)
     zeros = pruned(state)
     if zeros > PRUNED:  # the mask is in the weights: what is exactly zero
         details["sparsity"] = round(zeros, 4)

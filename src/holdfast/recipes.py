@@ -28,7 +28,8 @@ PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", b
 @dataclass(frozen=True)
 class RuntimeSpec:
     """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `checkpointing`: activations are computed anew in
-    the backward pass, for less memory and a third more work. `jobs`: audit processes (default: one a core).
+    the backward pass, for less memory and a third more work. `shard`: the processes of torchrun hold one model together
+    while it is protected, instead of one each. `jobs`: audit processes (default: one a core).
     `ray`: address of a Ray cluster for the audit instead, or `local`.
     `threads`: of pre-training and protection (default: one for small networks, else torch's choice)."""
 
@@ -36,6 +37,7 @@ class RuntimeSpec:
     precision: str = "auto"
     compile: bool = False
     checkpointing: bool = False
+    shard: bool = False
     jobs: int | None = None
     ray: str | None = None
     threads: int | None = None

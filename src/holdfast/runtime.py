@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast.distributed import ALONE, Group
 from holdfast.errors import UserError, require
 from holdfast.memory import MicroBatches
+from holdfast.sharding import shard
 
 Precision = Literal["auto", "float32", "bf16"]
 
@@ -27,7 +29,8 @@ class Runtime:
     """A resolved choice. Make one with `Runtime.choose`.
 
     `bf16` means autocast: weights, gradients, losses and optimiser state stay in float32. `checkpointing`: activations
-    are computed anew in the backward pass (Chen et al., 2016). `micro` remembers what fits into memory.
+    are computed anew in the backward pass (Chen et al., 2016). `sharing`: processes that hold every model together, in
+    shards, and take their part of every batch. `micro` remembers what fits into memory.
     """
 
     device: str = "cpu"
@@ -35,6 +38,7 @@ class Runtime:
     channels_last: bool = True
     compile: bool = False
     checkpointing: bool = False
+    sharing: Group = ALONE
     micro: MicroBatches = field(default_factory=MicroBatches, compare=False, repr=False)
 
     @staticmethod
@@ -68,12 +72,14 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and memory layout (in place; returned for chaining)."""
         model.to(self.device)
-        if self.channels_last:
+        if self.channels_last and self.sharing.count == 1:  # shards are cut from contiguous tensors
             for module in model.modules():  # only 4-d weights have such a layout
                 if isinstance(module, nn.Conv2d):
                     module.to(memory_format=torch.channels_last)
         if self.checkpointing:
             checkpoint_activations(model)
+        if self.sharing.count > 1:
+            shard(model, self.sharing.count)
         if self.compile:
             model.compile()
         return model

@@ -29,6 +29,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, State
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, seeded
+from holdfast.sharding import own
 from holdfast.tasks import Loss, Task
 from holdfast.training import Batch, fit, minibatches
 
@@ -93,8 +94,8 @@ class Accumulator:
         return int(beside[0].item()), beside[1].item()
 
     def finite(self) -> bool:
-        """Whether every entry is finite."""
-        return all(bool(s.isfinite().all()) for s in self.sums.values())
+        """Whether every entry that this process has is finite."""
+        return all(bool(own(s).isfinite().all()) for s in self.sums.values())
 
     def apply(self, model: nn.Module) -> None:
         """Make the sums the gradients of `model`'s parameters of the same name and shape; the others get none."""
@@ -133,6 +134,9 @@ def accumulate_along_path(
         gamma = gammas[step - 1]
         if gamma == 0:
             return
+        if runtime.sharing.count > 1:
+            total.add_(_of_shards(learner, inputs, labels, gamma, task, suppression, accumulator, names, runtime))
+            return
         found = Accumulator()
 
         def part(inputs: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -159,6 +163,35 @@ def accumulate_along_path(
         after_step=after_step,
     )
     return math.nan if result.diverged_at else total.item()
+
+
+def _of_shards(
+    learner: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    gamma: float,
+    task: Task,
+    suppression: Loss,
+    accumulator: Accumulator,
+    names: Sequence[str],
+    runtime: Runtime,
+) -> Tensor:
+    """γ·∂L_α/∂ϑᵏ of a learner in shards, each process with its part of the held-out batch; returns γ·L_α.
+
+    Shards get their gradients by a backward pass through the whole learner only: the rest of it is thrown away.
+    """
+    mine = float(len(labels))
+    learner.zero_grad(set_to_none=True)
+    with runtime.autocast(), runtime.sharing.statistics():
+        outputs = task.forward(learner, inputs, labels)
+    value = suppression(outputs, labels)
+    (value * mine).backward()  # type: ignore[no-untyped-call]
+    both = torch.stack([value.detach() * mine, torch.full_like(value, mine)])
+    runtime.sharing.sum([both])
+    by_name = dict(learner.named_parameters())
+    accumulator.add(names, [by_name[n].grad for n in names], gamma / both[1].item())
+    learner.zero_grad(set_to_none=True)
+    return gamma * both[0] / both[1]
 
 
 @dataclass(frozen=True)

@@ -68,18 +68,19 @@ def fit(
     Works on the model in place.
     """
     step, value = first_step, math.nan
+    stream = (*group.stream, *runtime.sharing.stream)
     for step, (inputs, targets) in enumerate(batches, start=first_step + 1):
         set_mode(model)
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
-            torch.manual_seed(derive(seed, "step", step, *group.stream))
+            torch.manual_seed(derive(seed, "step", step, *stream))
         value = _gradients(model, inputs, targets, forward, loss, runtime, group)
         if not math.isfinite(value):
             return FitResult(step, value, step)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if isinstance(optimiser, SAM):
-            drawn = derive(seed, "step", step, *group.stream) if seed is not None else None
+            drawn = derive(seed, "step", step, *stream) if seed is not None else None
             again = partial(_gradients, model, inputs, targets, forward, loss, runtime, group)
             optimiser.step(partial(_anew, optimiser, drawn, again))
         else:
@@ -101,22 +102,24 @@ def _gradients(
     group: Group,
 ) -> float:
     """The gradient of the mean loss over the samples of all processes; returns that loss."""
-    mine = 1.0 if group.count == 1 else float(len(targets))
+    sharing = runtime.sharing
+    together = sharing if sharing.count > 1 else group
+    mine = 1.0 if together.count == 1 else float(len(targets))
 
     def part(inputs: Tensor, targets: Tensor, share: float) -> Tensor:
-        with runtime.autocast(), group.statistics() if not runtime.compile else nullcontext():
+        with runtime.autocast(), together.statistics() if not runtime.compile else nullcontext():
             outputs = forward(model, inputs, targets)
         current = loss(outputs, targets)
         current = current if share * mine == 1 else current * (share * mine)
         current.backward()  # type: ignore[no-untyped-call]
         return current.detach()
 
-    if group.count == 1:
+    if together.count == 1:
         return runtime.micro.run(inputs, targets, part, partial(model.zero_grad, set_to_none=True)).item()
     total = part(inputs, targets, 1.0)  # whole: the processes meet in it as often as each other
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     both = torch.stack([total, torch.full_like(total, mine)])
-    group.sum([*gradients, both])
+    together.sum([both] if together is sharing else [*gradients, both])  # those of shards are summed already
     torch._foreach_div_(gradients, both[1])
     return (both[0] / both[1]).item()
 
@@ -147,7 +150,8 @@ def minibatches(
     """
     count = len(data) if within is None else len(within)
     size = min(batch_size, count)
-    require(size >= group.count, f"a batch of {size} cannot be shared by {group.count} processes; start fewer")
+    processes = group.count * runtime.sharing.count
+    require(size >= processes, f"a batch of {size} cannot be shared by {processes} processes; start fewer")
     passes: dict[int, Tensor] = {}
 
     def order(number: int) -> Tensor:
@@ -162,7 +166,8 @@ def minibatches(
         first, last = start // count, (stop - 1) // count
         parts = [order(n)[max(0, start - n * count) : stop - n * count] for n in range(first, last + 1)]
         chosen = torch.cat(parts)
-        chosen = chosen[group.rank :: group.count]
+        for part in (group, runtime.sharing):
+            chosen = chosen[part.rank :: part.count]
         yield data.batch(chosen if within is None else within[chosen], runtime)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from holdfast.checkpoints import Checkpoint
+from holdfast.checkpoints import Checkpoint, read_checkpoint
 from holdfast.distributed import Group, current
+from holdfast.errors import require
 from holdfast.files import save_every_seconds
 from holdfast.progress import Reporter
 
@@ -17,7 +19,8 @@ from holdfast.progress import Reporter
 class Workplace:
     """Where a defence keeps its checkpoint and curves, and says how far it is. Without a folder, nothing is kept.
 
-    `group`: the processes that share the work. The first one measures, keeps and speaks; the others follow.
+    `group`: the processes that share the work. The first one measures, keeps and speaks; the others follow. `sharded`:
+    they hold the model together; then all measure, and each keeps its own part.
     """
 
     folder: Path | None = None
@@ -25,12 +28,27 @@ class Workplace:
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
     save_every_seconds: float = field(default_factory=save_every_seconds)
     group: Group = field(default_factory=current)
+    sharded: bool = False
 
     def checkpoint(self, identity: str) -> Checkpoint | None:
         """The checkpoint of the run of that name, where one is kept."""
-        if self.folder is None or not self.group.first:
+        if self.folder is None or not (self.group.first or self.sharded):
             return None
-        return Checkpoint(self.folder / "checkpoint.pt", identity, self.resume, self.reporter.say)
+        part = f"-{self.group.rank + 1}-of-{self.group.count}" if self.sharded else ""
+        return Checkpoint(self.folder / f"checkpoint{part}.pt", identity, self.resume, self.reporter.say)
+
+    def load(self, checkpoint: Checkpoint | None) -> Mapping[str, Any] | None:
+        """What to go on from: the first process's, for all; of shards, everyone's own of the same iteration."""
+        if not self.sharded:
+            return self.group.agreed(lambda: checkpoint.load() if checkpoint else None)
+        found = checkpoint.load() if checkpoint else None
+        there = found["iteration"] if found else 0
+        least = self.group.least(there)
+        if checkpoint and there > least > 0:  # stopped between two processes' saving
+            found = read_checkpoint(checkpoint.previous)
+        lacking = self.group.any(least > 0 and (found is None or found["iteration"] != least))
+        require(not lacking, f"the shards in {self.folder} are not of one iteration; remove them to begin anew")
+        return found if least else None
 
 
 Write = Callable[[str, float, int], None]

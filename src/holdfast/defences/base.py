@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.distributed import Group, current
+from holdfast.distributed import ALONE, Group, current
 from holdfast.domains import Domain, ImageData, holdout
 from holdfast.errors import require
 from holdfast.features import Tap
@@ -212,9 +212,9 @@ class Guarded:
             "runtime.compile: false",
         )
         require(
-            self.spreads or given.group.count == 1,
-            f"{type(self).__name__} works in one process, but {given.group.count} were started; start it without "
-            "torchrun (sophon spreads over several)",
+            self.spreads or current().count == 1,
+            f"{type(self).__name__} works in one process, but "
+            f"{current().count} were started; start it without torchrun (sophon spreads over several)",
         )
         require(
             self.suits(given.task),
@@ -255,9 +255,12 @@ class Guarded:
 
         `original`: training data keep, validation data check intactness. `restricted`: the defender's half.
         The model must have a head for `original`'s classes and lie on the runtime's device. Raises `UserError` for
-        heads and classes that do not agree.
+        heads and classes that do not agree. The workplace's processes share adversaries and batches, or, where the
+        runtime shares the model among them, every batch of all that is done.
         """
-        given = Given(model, original, restricted, restricted_classes, architecture, task, runtime, seed)
+        workplace = workplace or Workplace()
+        group = workplace.group if runtime.sharing.count == 1 else ALONE
+        given = Given(model, original, restricted, restricted_classes, architecture, task, runtime, seed, group)
         engine = self.prepare(given)
         return run_guarded(
             model,
@@ -268,7 +271,7 @@ class Guarded:
             original=given.original_metric,
             restricted=engine.restricted_metric,
             identity=identity,
-            workplace=workplace or Workplace(),
+            workplace=workplace,
             phase=engine.phase,
             select=self.released,
             done=engine.done,

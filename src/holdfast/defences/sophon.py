@@ -248,7 +248,8 @@ class _Engine(Engine):
                 own,
                 seed,
             )
-            if math.isfinite(loss) and own.finite():  # one that diverged has nothing to say
+            broken = not (math.isfinite(loss) and own.finite())
+            if not self.given.runtime.sharing.any(broken):  # one that diverged has nothing to say
                 accumulator.merge(own)
                 losses.append(loss)
         names = dict(self.simulator.learner.named_parameters())
