@@ -136,8 +136,7 @@ def run_guarded(
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     """
     watch, group = _Watch(), workplace.group
-    if not workplace.sharded:  # else it takes all to run the model, and all find the same
-        original, restricted = partial(group.agreed, original), partial(group.agreed, restricted)
+    original, restricted = (_common(m, workplace) for m in (original, restricted))
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
     saved_state = workplace.load(checkpoint)
@@ -175,6 +174,19 @@ def run_guarded(
     load_state(model, best)
     progress.history.released = progress.best_iteration
     return progress.history
+
+
+def _common(measure: Measure, workplace: Workplace) -> Measure:
+    """What the first process measures, for all; of a sharded model all measure, for it takes all to run it."""
+    group = workplace.group
+    if not workplace.sharded:
+        return partial(group.agreed, measure)
+
+    def together() -> float:
+        value = measure()
+        return group.agreed(lambda: value)
+
+    return together
 
 
 Good = dict[str, Any]
