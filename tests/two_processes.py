@@ -63,38 +63,21 @@ def batch_statistics(group: Group) -> float:
     return apart(*found)
 
 
-def training(group: Group) -> float:
-    """Four steps on batches of 7, by an optimiser with momentum, in float64."""
+def training(group: Group, sharded: bool = False) -> float:
+    """Four steps on batches of 7, by an optimiser with momentum, in float64; `sharded`: with one model."""
     rng = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (40, 1, 6, 6), generator=rng).to(torch.uint8)
     data = ImageData(pixels, torch.arange(40) % 3, Preprocessing(6, 1, (0.5,), (0.5,)))
     torch.manual_seed(3)
     start = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
     after = []
-    for together in (ALONE, group):
-        model = copy.deepcopy(start)
-        optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        batches = minibatches(data, 7, 4, 0, RUNTIME, group=together)
-        doubles = ((i.double(), t) for i, t in batches)
-        result = fit(model, doubles, F.cross_entropy, optimiser, runtime=RUNTIME, group=together)
-        after.append({**model.state_dict(), "loss": torch.tensor(result.loss, dtype=torch.float64)})
-    return apart(*after)
-
-
-def shards(group: Group) -> float:
-    """The same four steps with the model in shards."""
-    rng = torch.Generator().manual_seed(2)
-    pixels = torch.randint(0, 256, (40, 1, 6, 6), generator=rng).to(torch.uint8)
-    data = ImageData(pixels, torch.arange(40) % 3, Preprocessing(6, 1, (0.5,), (0.5,)))
-    torch.manual_seed(3)
-    start = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
-    after = []
-    for runtime in (RUNTIME, replace(RUNTIME, sharing=group)):
+    ways = [(RUNTIME, ALONE), (replace(RUNTIME, sharing=group), ALONE) if sharded else (RUNTIME, group)]
+    for runtime, together in ways:
         model = runtime.place(copy.deepcopy(start))
         optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        batches = minibatches(data, 7, 4, 0, runtime)
+        batches = minibatches(data, 7, 4, 0, runtime, group=together)
         doubles = ((i.double(), t) for i, t in batches)
-        result = fit(model, doubles, F.cross_entropy, optimiser, runtime=runtime)
+        result = fit(model, doubles, F.cross_entropy, optimiser, runtime=runtime, group=together)
         after.append({**state_of(model), "loss": torch.tensor(result.loss, dtype=torch.float64)})
     return apart(*after)
 
@@ -219,8 +202,9 @@ def main() -> None:
         assert group.any(not group.first)
         assert not group.any(False)
         assert [list(Group(r, 2).own(5)) for r in (0, 1)] == [[0, 2, 4], [1, 3]]
-        checks: list[Callable[[Group], float]] = [batch_statistics, training, shards, gathering, errors]
+        checks: list[Callable[[Group], float]] = [batch_statistics, training, gathering, errors]
         found = {c.__name__: c(group) for c in checks}
+        found["shards"] = training(group, sharded=True)
         found |= {f"protecting {n}": protecting(group, n) for n in (1, 3)}
         found["protecting in shards"] = protecting(group, 2, sharded=True)
         for name, sharded in (("resuming", False), ("resuming shards", True)):
