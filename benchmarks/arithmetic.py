@@ -39,8 +39,8 @@ class Size:
     activations: int
 
 
-def of_network(build: Callable[[], nn.Module], run: Callable[[nn.Module], Any]) -> Size:
-    """Counted on a network without data."""
+def of_network(build: Callable[[], nn.Module], run: Callable[[nn.Module], Any], samples: int = 1) -> Size:
+    """Counted on a network without data, which `run` gives so many samples."""
     with torch.device("meta"):
         network = build().train()
         kept: dict[int, int] = {}
@@ -48,18 +48,18 @@ def of_network(build: Callable[[], nn.Module], run: Callable[[nn.Module], Any]) 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
             if not isinstance(value, nn.Parameter):
-                kept[id(storage)] = storage.nbytes()
+                kept[storage._cdata] = storage.nbytes()
                 alive.append(storage)
             return value
 
         alive: list[Any] = []
-        own = {id(p.untyped_storage()) for p in network.parameters()}
+        own = {p.untyped_storage()._cdata for p in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             run(network)
         total = sum(n for i, n in kept.items() if i not in own)
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     blocks = [sum(p.numel() for p in b.parameters()) for m in lists for b in m.children() if not _holds(b)]
-    return Size(sum(p.numel() for p in network.parameters()), max(blocks), total // 2)
+    return Size(sum(p.numel() for p in network.parameters()), max(blocks), total // (2 * samples))
 
 
 def _holds(block: nn.Module) -> bool:
@@ -70,7 +70,10 @@ def timm_network(name: str, size: int) -> Size:
     """A classifier of timm."""
     import timm
 
-    return of_network(lambda: timm.create_model(name, num_classes=10), lambda m: m(torch.empty(1, 3, size, size)))
+    def build() -> nn.Module:
+        return timm.create_model(name, num_classes=10)
+
+    return of_network(build, lambda m: m(torch.empty(2, 3, size, size)), samples=2)  # batch statistics of one are none
 
 
 def sdxl() -> Size:
