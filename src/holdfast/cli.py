@@ -84,11 +84,6 @@ def _workers(jobs: int | None, ray: str | None) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
-def _reporter(quiet: bool) -> Reporter:
-    """Of several processes only the first one speaks."""
-    return Reporter(quiet or not current().first)
-
-
 def _stage(run: Run, stage: str) -> None:
     """Run one stage of the chain in the folder's lock, after all input has been read."""
     run.inputs.check()
@@ -108,7 +103,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain: pre-train where needed, protect, audit, report."""
-    work = Run(Inputs(_load(recipe, preset, changes, jobs, ray)), out, resume, _reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes, jobs, ray)), out, resume, Reporter(quiet))
     _headlines(work.all(), out)
 
 
@@ -121,7 +116,7 @@ def demo(
     changes: Set = None,
 ) -> None:
     """The whole chain on built-in digits in a few minutes: 0-4 are kept, 5-9 are restricted."""
-    _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, _reporter(quiet)).all(), out)
+    _headlines(Run(Inputs(_load("demo", None, changes, jobs)), out, resume, Reporter(quiet)).all(), out)
 
 
 @app.command()
@@ -134,7 +129,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train the recipe's model on the original domain; the clean model goes to DIR/clean."""
-    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, _reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
     _stage(work, "pretrain")
     typer.echo(f"clean model: {work.clean_folder}")
 
@@ -149,7 +144,7 @@ def protect(
     quiet: Quiet = False,
 ) -> None:
     """Protect the recipe's model; the bundle to release goes to DIR/bundle."""
-    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, _reporter(quiet))
+    work = Run(Inputs(_load(recipe, preset, changes)), out, resume, Reporter(quiet))
     _stage(work, "protect")
     typer.echo(f"protected model: {work.bundle_folder}")
 
@@ -210,7 +205,7 @@ def audit(
     if protected:
         require(loaded.weights not in (None, "timm"), "--protected needs --clean: the same model's unprotected weights")
     has_original = protected is None or recipe is not None or original is not None
-    work = Run(Inputs(loaded, protected, has_original), out, resume, _reporter(quiet))
+    work = Run(Inputs(loaded, protected, has_original), out, resume, Reporter(quiet))
     _stage(work, "audit")
     _headlines(work.report(), out)
 
@@ -266,7 +261,7 @@ def compare(
     chosen = [p.strip() for p in presets.split(",")] if presets else []
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
     check_comparison(plans, attack)
-    found = run_comparison(plans, resume, _reporter(quiet))
+    found = run_comparison(plans, resume, Reporter(quiet))
     column = attack or column_attack(plans)
     table = current().agreed(lambda: as_markdown(write_comparison(out, found, column, plans[0].recipe.name)))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")

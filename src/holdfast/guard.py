@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from holdfast.checkpoints import Checkpoint
 from holdfast.errors import UserError, require
 from holdfast.models import State, load_state, parts_of_state
-from holdfast.progress import Bar, Reporter
+from holdfast.progress import Bar
 from holdfast.scales import ACCURACY, Scale
 from holdfast.sharding import own, reshard_state
 from holdfast.stopping import unfinished
@@ -145,8 +145,7 @@ def run_guarded(
     spent = progress.history.seconds
     floor = guard.scale.floor(progress.baseline, guard.tolerance)
     saved = time.monotonic()
-    reporter = workplace.reporter if group.first else Reporter(quiet=True)
-    bar_of = reporter.bar("protect", iterations, progress.iteration)
+    bar_of = workplace.reporter.bar("protect", iterations, progress.iteration)
     with unfinished(group.any) as between_steps, bar_of as bar, curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
         while not last:

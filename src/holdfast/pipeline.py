@@ -65,10 +65,6 @@ class Run:
     shared: Path | None = None
     group: Group = field(default_factory=current)
 
-    def __post_init__(self) -> None:
-        if not self.group.first:
-            self.reporter = Reporter(quiet=True)
-
     @property
     def bundle_folder(self) -> Path:
         """Where the protected model goes."""

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from holdfast.distributed import current
+
 
 class Reporter:
-    """Where progress goes. `Reporter(quiet=True)` says nothing."""
+    """Where progress goes. `Reporter(quiet=True)` says nothing; of several processes only the first one speaks."""
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        silent = quiet or not current().first
+        self.console = Console(file=stream or sys.stderr, quiet=silent, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line."""

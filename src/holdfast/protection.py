@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ def defend(given: Inputs, clean: Bundle, folder: Path, workplace: Workplace, int
             identity=given.work_identity,
             workplace=workplace,
         )
-    seconds = history.seconds or time.monotonic() - started
+    cost = {
+        "seconds": history.seconds or time.monotonic() - started,
+        "peak_memory_mb": peak_memory_mb(given.runtime.device, children=False),
+    }
     state = state_of(model)
-    group.agreed(lambda: _note(given, clean, state, history, seconds, folder, workplace))
+    group.agreed(lambda: _note(given, clean, state, history, cost, folder, workplace))
     return _bundle(given, clean, state, history)
 
 
@@ -59,14 +63,13 @@ def _note(
     clean: Bundle,
     state: State,
     history: History,
-    seconds: float,
+    cost: Mapping[str, float],
     folder: Path,
     workplace: Workplace,
 ) -> None:
     """Write what happened, and say how it ended."""
     say = workplace.reporter.say
     model = given.runtime.place(given.architecture.build(len(clean.classes)))
-    models.load_state(model, state)
     measured = measure_states(
         given.recipe.defence_object,
         given.given(model),
@@ -77,16 +80,15 @@ def _note(
     write_json(
         folder / "history.json",
         {
-            "seconds": seconds,
+            **cost,
             "processes": workplace.group.count,
-            "peak_memory_mb": peak_memory_mb(given.runtime.device, children=False),
             "rollbacks": history.rollbacks,
             "released": history.released,
             "measured": measured,
             "checks": history.checks,
         },
     )
-    say(f"protect: done in {duration(seconds)}, {history.rollbacks} times gone back")
+    say(f"protect: done in {duration(cost['seconds'])}, {history.rollbacks} times gone back")
     if history.released == 0:
         say(NOTHING_FOUND)
 

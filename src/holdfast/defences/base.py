@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -39,7 +39,7 @@ class Given:
     task: Task
     runtime: Runtime
     seed: int = 0
-    group: Group = field(default_factory=current)
+    group: Group = ALONE
 
     def head(self) -> list[str]:
         """Names of the model's head; `UserError` where it does not fit the original classes."""
