@@ -498,6 +498,23 @@ def test_a_joint_update_where_a_whole_loop_diverges(
     assert engine.pushes == []
 
 
+@pytest.mark.parametrize("update", ["alternating", "joint"])
+def test_iterations_in_which_all_adversaries_diverge_are_reinforcement_alone(
+    update, clean_state, original, restricted, architecture, task, runtime, monkeypatch
+) -> None:
+    """They take nothing back: the model is whole."""
+    monkeypatch.setattr("holdfast.defences.sophon.Simulator.simulate", lambda *_: math.nan)
+    spec = replace(QUICK_SOPHON, update=update, iterations=6, check_every=3)
+    arguments = {"restricted_classes": 5, "architecture": architecture, "task": task, "runtime": runtime}
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    history = spec.protect(model, original, restricted.train, **arguments)
+    assert history.rollbacks == 0
+    assert [c["strength"] for c in history.checks] == [1.0, 1.0, 1.0]
+    assert [{"fts", "ntr"} & c.keys() for c in history.checks] == [set(), {"ntr"}, {"ntr"}]
+    assert not torch.equal(model[14].weight, clean_state["14.weight"])  # it was trained
+
+
 def test_a_probe_that_diverges_is_never_selected(
     clean_state, original, restricted, architecture, task, runtime
 ) -> None:

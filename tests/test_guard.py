@@ -36,17 +36,26 @@ class Bench:
     def weight(self) -> float:
         return self.model.weight.item()
 
-    def run(self, tolerance: float = 0.1, every: int = 1, workplace: Workplace | None = None, identity: str = "x"):
+    def run(
+        self,
+        tolerance: float = 0.1,
+        every: int = 1,
+        workplace: Workplace | None = None,
+        identity: str = "x",
+        iterate=None,
+        may_fail: tuple[str, ...] = (),
+    ):
         return run_guarded(
             self.model,
             {"adam": self.optimiser},
-            self.iterate,
+            iterate or self.iterate,
             iterations=len(self.moves),
             guard=Guard(tolerance, every),
             original=lambda: 1 - self.weight(),
             restricted=lambda: 0.5 - self.weight(),
             identity=identity,
             workplace=workplace or Workplace(),
+            may_fail=may_fail,
         )
 
 
@@ -74,6 +83,18 @@ def test_nan_goes_back_at_once_even_between_checks() -> None:
     assert history.rollbacks == 1
     assert bench.seen[2][2] == 0  # the last good state was the start
     assert math.isfinite(bench.weight())
+
+
+def test_a_loss_that_may_fail_says_nothing_about_the_model() -> None:
+    bench = Bench([0.01, 0.02, 0.03])
+
+    def iterate(i: int, strength: float) -> dict[str, float]:
+        return {**bench.iterate(i, strength), "fts": math.nan}
+
+    history = bench.run(iterate=iterate, may_fail=("fts",))
+    assert history.rollbacks == 0
+    assert bench.weight() == pytest.approx(0.06)
+    assert bench.run(iterate=iterate, may_fail=("other",)).rollbacks == 3
 
 
 def test_a_defence_that_never_stays_within_tolerance_releases_the_unprotected_model() -> None:

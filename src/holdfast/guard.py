@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -126,6 +126,7 @@ def run_guarded(
     phase: Callable[[int], Phase] = lambda _: "candidate",
     select: Select = "lowest",
     done: Callable[[int], bool] = lambda _: False,
+    may_fail: Collection[str] = (),
 ) -> History:
     """Call `iterate(i, strength)` for i = 1 … `iterations`; leave in `model` the best state within tolerance.
 
@@ -134,6 +135,7 @@ def run_guarded(
     itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then
     a run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
+    A loss that is not finite means a broken model, but for those that `may_fail`: there an iteration said nothing.
     """
     watch, group = _Watch(), workplace.group
     original, restricted = (_common(m, workplace) for m in (original, restricted))
@@ -155,7 +157,7 @@ def run_guarded(
             last = i == iterations or done(i)
             for name, value in losses.items():
                 write(f"protect/{name}", value, i)
-            broken = not all(math.isfinite(v) for v in losses.values())
+            broken = not all(math.isfinite(v) for name, v in losses.items() if name not in may_fail)
             if broken or i % guard.every == 0 or last:
                 measures = (original, probe, phase(i), select)
                 good, best = _check(

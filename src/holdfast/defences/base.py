@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -154,11 +154,13 @@ class Flag:
 
 class Engine(ABC):
     """The moving parts of one protection: `length` iterations; `states`: what goes back with the model after a breach;
-    `restricted_metric`: what the curve shows, and the selection may look at, lower is better."""
+    `restricted_metric`: what the curve shows, and the selection may look at, lower is better; `may_fail`: losses that
+    are NaN in an iteration that had nothing to say, though the model is whole."""
 
     length: int
     states: Mapping[str, Stateful]
     restricted_metric: Callable[[], float]
+    may_fail: ClassVar[Collection[str]] = ()
 
     @abstractmethod
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
@@ -275,6 +277,7 @@ class Guarded:
             phase=engine.phase,
             select=self.released,
             done=engine.done,
+            may_fail=engine.may_fail,
         )
 
 

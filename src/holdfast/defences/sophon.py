@@ -170,7 +170,13 @@ class Sophon(Guarded):
 
 
 class _Engine(Engine):
-    """The moving parts of one protection: two Adams on the same parameters (joint: one), simulator, measures."""
+    """The moving parts of one protection: two Adams on the same parameters (joint: one), simulator, measures.
+
+    Where all adversaries of an iteration diverged it is reinforcement alone: one that fails learnt nothing, so there is
+    nothing to suppress, and nothing of the model to take back.
+    """
+
+    may_fail = ("fts",)
 
     def __init__(self, spec: Sophon, given: Given) -> None:
         self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
