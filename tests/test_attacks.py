@@ -222,6 +222,27 @@ class TestFlops:
         model.requires_grad_(False)
         assert training_flops(model, example) == forward
 
+    def test_only_what_is_built_alike_is_counted_alike(self) -> None:
+        class Repeated(nn.Module):
+            def __init__(self, times: int) -> None:
+                super().__init__()
+                self.times, self.layer = times, nn.Linear(10, 10)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for _ in range(self.times):
+                    x = self.layer(x)
+                return x
+
+        example = torch.randn(1, 10)
+        once = training_flops(Repeated(1), example)
+        assert once == 2 * 100 * 2  # forward, weights
+        assert training_flops(Repeated(1), example) == once
+        assert training_flops(Repeated(3), example) == 2 * 100 * 8  # forward, weights, two inner gradients
+        assert training_flops(Repeated(1), torch.randn(4, 10)) == 4 * once
+        convolutions = [nn.Conv2d(1, 2, 3, stride=s, padding=1) for s in (1, 2)]
+        found = [training_flops(c, torch.randn(1, 1, 8, 8)) for c in convolutions]
+        assert found[0] == 4 * found[1]
+
     def test_a_model_is_left_as_it_was(self, architecture: Architecture) -> None:
         model = architecture.build(5)
         before = {n: v.clone() for n, v in model.state_dict().items()}

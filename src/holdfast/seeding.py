@@ -29,6 +29,15 @@ def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
+def reseed(value: int) -> None:
+    """The global generators of the CPU and of the GPUs in use to the start of `value`, the CPU's like
+    `torch.manual_seed`. That also formats a stack trace for every kind of device which is not in use, which can take
+    longer than a small network's step."""
+    torch.default_generator.manual_seed(value)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(value)
+
+
 @contextlib.contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Run a block with torch's global generators at the start of a stream, and put them back afterwards.
@@ -38,5 +47,5 @@ def seeded(seed: int, *names: str | int) -> Iterator[None]:
     # Only a GPU that is in use: forking the others would open a context on each.
     devices = [torch.cuda.current_device()] if _cuda_in_use() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive(seed, *names))
+        reseed(derive(seed, *names))
         yield

@@ -18,7 +18,7 @@ from holdfast.errors import require
 from holdfast.layers import evaluating
 from holdfast.optimisers import SAM
 from holdfast.runtime import Runtime
-from holdfast.seeding import derive, generator
+from holdfast.seeding import derive, generator, reseed
 from holdfast.tasks import Loss, Task
 
 Batch = tuple[Tensor, Tensor]
@@ -73,7 +73,7 @@ def fit(
         set_mode(model)
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
-            torch.manual_seed(derive(seed, "step", step, *stream))
+            reseed(derive(seed, "step", step, *stream))
         value = _gradients(model, inputs, targets, forward, loss, runtime, group)
         if not math.isfinite(value):
             return FitResult(step, value, step)
@@ -128,7 +128,7 @@ def _anew(optimiser: torch.optim.Optimizer, drawn: int | None, again: Callable[[
     """The gradient of the same loss elsewhere: with the same noise and dropout as at the first."""
     optimiser.zero_grad(set_to_none=True)
     if drawn is not None:
-        torch.manual_seed(drawn)
+        reseed(drawn)
     again()
 
 
