@@ -69,6 +69,7 @@ ORDER = [
     "cells",
     "diffusion.distances",
     "search",
+    "cluster",
     "workers",
     "audit",
     "diffusion.exhibits",

@@ -137,7 +137,7 @@ class Killer(threading.Thread):
             title = Path(f"/proc/{process}/cmdline").read_bytes()
         except OSError:
             return
-        if title.startswith(b"ray::") and b"_elsewhere" in title:
+        if title.startswith(b"ray::") and b"holdfast_cell" in title:
             os.kill(process, signal.SIGKILL)
             self.killed = process
 

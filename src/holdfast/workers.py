@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN
 from holdfast.cells import Bench, CellSpec
+from holdfast.cluster import TRIES, run_on_cluster
 from holdfast.domains import ImageData
-from holdfast.errors import UserError, one_line
+from holdfast.errors import UserError
 from holdfast.runtime import Runtime, threads
 
 R = TypeVar("R")
 Work = Callable[[Bench, CellSpec], R]
 CPU = Runtime("cpu")
 GPU_SHARE = 4  # cells of small models that share one GPU
-TRIES = 3  # before a piece of work whose worker dies is given up
 
 
 def run_all(
@@ -103,52 +103,7 @@ def _elsewhere(work: Work[R], bench: Bench, spec: CellSpec) -> R:
 
 
 def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | None, address: str) -> Iterator[R]:
-    ray = _connect(address, jobs)
     share = 1 / GPU_SHARE if bench.runtime.device.startswith("cuda") else 0
-    # Ray starts a task again whose worker died; errors of our own it passes on.
-    task = ray.remote(num_cpus=1, num_gpus=share, max_retries=TRIES)(_elsewhere)
-    try:
-        own = replace(bench.runtime, device="cuda") if share else bench.runtime  # Ray shows a worker one GPU, its 0
-        shared = ray.put(replace(bench.to(CPU), runtime=own))  # once, not with every cell
-        waiting = [task.remote(work, shared, spec) for spec in specs]
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(done[0])
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
-    finally:
-        if address == "local":
-            ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raise `OSError` where nobody listens: Ray itself would try for minutes."""
-    host, sign, port = address.removeprefix("ray://").rpartition(":")
-    if sign:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
-
-
-def _connect(address: str, jobs: int | None) -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--ray needs Ray: pip install 'holdfast[ray]'") from None
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU cell must not hide the GPUs of others
-    if ray.is_initialized():
-        return ray
-    try:
-        _knock(address)
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if address == "local":
-            count = jobs or os.cpu_count()
-            ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except Exception as error:  # whatever a cluster that is not there makes Ray raise
-        raise UserError(
-            f"cannot reach a Ray cluster at '{address}': {one_line(error, 160)}; expected auto, HOST:PORT, "
-            "ray://HOST:10001, or local"
-        ) from None
-    return ray
+    own = replace(bench.runtime, device="cuda") if share else bench.runtime  # Ray shows a worker one GPU, its 0
+    shared = replace(bench.to(CPU), runtime=own)
+    return run_on_cluster(address, partial(_elsewhere, work), shared, specs, jobs, share)
