@@ -3,7 +3,7 @@
 The same cells (one attack, `--steps` steps, random images) one by one in one process with one thread, in one process
 with all threads, in one-thread processes (`--jobs`), and on a local Ray with as many workers. Each way is timed in
 turn, `--rounds` times; medians; `ratio` is against one by one with one thread. What starting workers costs is given
-apart.
+apart. `--dispatch 2000`: instead, milliseconds that a cell costs which does nothing, of so many.
 """
 
 from __future__ import annotations
@@ -94,6 +94,25 @@ def start_ray(jobs: int) -> float:
     return timed(begin)
 
 
+def nothing(bench: Bench, spec: CellSpec) -> str:
+    """A cell without work."""
+    return spec.names[0]
+
+
+def dispatch(name: str, cells: int, jobs: int) -> dict[str, Any]:
+    """What it costs to hand out a cell and to take its result, once the workers are there."""
+    bench, specs = make_bench(name, 1), make_cells(cells, 1)
+    start_ray(jobs)
+    list(run_all(nothing, bench, specs[:jobs], jobs))
+    found: dict[str, Any] = {"model": name, "cells": cells, "jobs": jobs}
+    for way, ray in (("processes", None), ("ray", "auto")):
+        started = time.perf_counter()
+        results = list(run_all(nothing, bench, specs, jobs, ray))
+        found[f"{way}_ms"] = round(1000 * (time.perf_counter() - started) / cells, 2)
+        assert sorted(results) == sorted(s.names[0] for s in specs)
+    return found
+
+
 def measure(name: str, cells: int, steps: int, jobs: int, rounds: int, with_ray: bool) -> dict[str, Any]:
     """Medians for one model, every way in turn."""
     bench, specs = make_bench(name, steps), make_cells(cells, steps)
@@ -131,8 +150,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--dispatch", type=int, help="so many cells that do nothing")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     given = parser.parse_args()
+    if given.dispatch:
+        for name in given.models:
+            print(json.dumps(dispatch(name, given.dispatch, given.jobs)))
+        return
     for name in given.models:
         found = measure(name, given.cells, given.steps, given.jobs, given.rounds, not given.no_ray)
         if given.json:
