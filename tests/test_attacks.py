@@ -14,7 +14,7 @@ from holdfast.attacks.attack import Attack, Search
 from holdfast.attacks.batteries import BATTERIES, battery
 from holdfast.attacks.structure import LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Rebalance
-from holdfast.augmentation import augmented
+from holdfast.augmentation import augmented, shifted
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.flops import training_flops
@@ -185,6 +185,18 @@ class TestAugmentation:
         windows = [padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
         assert all(any(torch.equal(m, w[n]) for w in windows) for n, m in enumerate(moved))
         assert not torch.equal(moved, images)
+
+    def test_every_shift_and_its_mirror_image_occur(self) -> None:
+        torch.manual_seed(0)
+        image = torch.randn(1, 2, 8, 6)
+        padded = F.pad(image, (1, 1, 1, 1), mode="replicate")[0]
+        windows = [padded[:, i : i + 8, j : j + 6] for i in range(3) for j in range(3)]
+        found = shifted(image.expand(400, -1, -1, -1), 1, flip=True)
+        counts = [sum(torch.equal(f, w) for f in found) for w in [*windows, *(w.flip(2) for w in windows)]]
+        assert sum(counts) == 400
+        assert min(counts) > 400 / 18 / 3
+        plain = shifted(image.expand(400, -1, -1, -1), 1, flip=False)
+        assert sum(torch.equal(f, w) for f in plain for w in windows) == 400
 
     def test_mixup_mixes_images_and_labels_alike(self) -> None:
         images, labels = self.batch()

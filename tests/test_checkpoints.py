@@ -3,12 +3,15 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from holdfast.checkpoints import Checkpoint, digest, read_checkpoint
+from holdfast.checkpoints import Checkpoint, Clock, digest, read_checkpoint
+from holdfast.distributed import Group
 from holdfast.errors import UserError
+from holdfast.workplace import Workplace
 
 
 def value(step: int) -> dict:
@@ -121,3 +124,83 @@ def test_the_hash_sees_every_bit() -> None:
     assert len({digest(v) for v in [a, *others]}) == 6
     picture = torch.rand(2, 3, 4, 4)
     assert digest(picture) == digest(picture.to(memory_format=torch.channels_last))
+
+
+def test_what_kill_left_of_a_file_goes_with_the_next_save(tmp_path: Path) -> None:
+    mine, others = tmp_path / ".checkpoint.new.pt.ab12", tmp_path / ".checkpoint-1-of-2.new.pt.ab12"
+    for torn in (mine, others):
+        torn.write_bytes(b"half")
+    Checkpoint(tmp_path / "checkpoint.pt").save({"iteration": 1})
+    assert not mine.exists()
+    assert others.exists()
+
+
+class TestClock:
+    def test_saving_takes_no_more_than_its_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr("holdfast.checkpoints.time.monotonic", lambda: now[0])
+        clock = Clock(20)
+        now[0] = 20.5
+        assert clock.due()
+        clock.save(lambda: now.__setitem__(0, now[0] + 3))
+        now[0] += 59
+        assert not clock.due()
+        now[0] += 2  # 3 seconds are a twentieth of 60
+        assert clock.due()
+        clock.save(lambda: None)
+        now[0] += 21
+        assert clock.due()
+
+    def test_after_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr("holdfast.checkpoints.time.monotonic", lambda: now[0])
+        clock = Clock(0)
+        clock.save(lambda: now.__setitem__(0, now[0] + 3))
+        now[0] += 0.01
+        assert clock.due()
+
+
+class Shards:
+    """The second of two processes' view of a workplace: what the other one has is told."""
+
+    def __init__(self, folder: Path, other: int) -> None:
+        class Pair(Group):
+            def agreed(self, find: Any) -> Any:
+                return find()
+
+            def any(self, flag: bool) -> bool:
+                return flag
+
+            def least(self, number: int) -> int:
+                return min(number, other)
+
+        self.place = Workplace(folder, resume=True, group=Pair(1, 2), sharded=True)
+        self.kept = self.place.checkpoint("x")
+
+    def load(self) -> Any:
+        return self.place.load(self.kept)
+
+
+class TestShards:
+    def test_stopped_between_two_processes_saving_time_and_again(self, tmp_path: Path) -> None:
+        """This process saves, the other one never gets to it: the common iteration stays."""
+        first = Shards(tmp_path, 1).kept
+        assert first is not None
+        first.save({"iteration": 1})
+        first.save({"iteration": 2})
+        for _ in range(3):
+            shards = Shards(tmp_path, 1)
+            assert shards.load()["iteration"] == 1
+            assert shards.kept is not None
+            shards.kept.save({"iteration": 2})
+
+    def test_another_number_of_processes_is_refused(self, tmp_path: Path) -> None:
+        Checkpoint(tmp_path / "checkpoint-1-of-8.pt", "x").save({"iteration": 1})
+        shards = Shards(tmp_path, 1)
+        assert shards.place.begun()
+        with pytest.raises(UserError, match=r"holds checkpoint-1-of-8.pt, of a run with another number of processes"):
+            shards.load()
+        alone = Workplace(tmp_path, resume=True)
+        with pytest.raises(UserError, match="resume it as it was begun"):
+            alone.load(alone.checkpoint("x"))
+        assert Workplace(tmp_path).load(None) is None  # begun anew

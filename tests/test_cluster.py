@@ -28,6 +28,7 @@ class Timetable:
     ends: dict[int, float | None] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     most: int = 0
+    lost: tuple[int, ...] = ()
     cancelled: list[int] = field(default_factory=list)
 
     def start(self, number: int) -> int:
@@ -47,8 +48,16 @@ class Timetable:
         self.now = max(self.now, end)
         return [first], [r for r in flying if r != first]
 
+    class exceptions:
+        """Ray's, by its names."""
+
+        RayError = RuntimeError
+        RayTaskError = ZeroDivisionError
+
     def get(self, ref: int) -> tuple[float, str]:
         number = self.numbers[ref]
+        if ref in self.lost:
+            raise self.exceptions.RayError("lost for good")
         return float(self.takes[number][0] or 1.0), f"{number}"
 
     def cancel(self, ref: int, force: bool) -> None:
@@ -77,6 +86,14 @@ class TestFirstResults:
         assert list(_first_results(table, table.start, range(2))) == ["0", "1"]
         assert table.now == 100  # it was slow, and not lost
         assert table.cancelled == [2]
+
+    def test_where_one_of_two_is_lost_for_good_the_other_counts(self) -> None:
+        table = Timetable([[1.0], [100.0, 50.0]], lost=(1,))
+        assert list(_first_results(table, table.start, range(2))) == ["0", "1"]
+        assert table.now == 1 + 60 + 50
+        table = Timetable([[1.0], [20.0]], lost=(1,))
+        with pytest.raises(RuntimeError, match="lost for good"):
+            list(_first_results(table, table.start, range(2)))
 
     def test_nobody_is_impatient_before_anything_has_come(self) -> None:
         table = Timetable([[1000.0], [1001.0]])
@@ -114,13 +131,15 @@ class Watcher(threading.Thread):
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
     """A Ray of two "machines" with a core each."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
+
+    cluster.leave()  # another test's
 
     both = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     both.add_node(num_cpus=1)
     yield both
-    ray.shutdown()
+    cluster.leave()
     both.shutdown()
 
 
@@ -141,6 +160,11 @@ def pickled_here(work: Callable[[int, int], int]) -> Callable[[int, int], int]:
 
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     return work
+
+
+def test_a_cluster_without_what_the_cells_need(machines: Any) -> None:
+    with pytest.raises(UserError, match=r"run on a GPU, and the Ray cluster .* has none; set runtime.device: cpu"):
+        list(run_on_cluster(machines.address, slow_square, 2, [3], gpus=0.25))
 
 
 class TestTwoMachines:

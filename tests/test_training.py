@@ -78,6 +78,8 @@ def test_minibatches_are_full_cover_every_pass_and_do_not_depend_on_where_one_st
     later = [y.tolist() for _, y in minibatches(marked, 4, 10, 7, runtime, first_step=6)]
     assert later == batches[6:]
     assert len(next(iter(minibatches(marked, 99, 1, 7, runtime)))[1]) == 10
+    some = [y.tolist() for _, y in minibatches(marked, 4, 4, 7, runtime, needed=[False, True, False, True])]
+    assert some == [[], batches[1], [], batches[3]]
 
 
 def test_evaluate_counts_and_leaves_modes_alone(original, architecture, task, runtime) -> None:

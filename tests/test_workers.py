@@ -25,7 +25,7 @@ from holdfast.progress import Reporter
 from holdfast.records import Record, RecordFile
 from holdfast.runtime import Runtime
 from holdfast.tasks import Classification
-from holdfast.workers import needed, run_all
+from holdfast.workers import needed, released, run_all
 
 
 @pytest.fixture
@@ -148,7 +148,8 @@ def test_a_real_ray_with_two_workers_of_which_one_is_killed(bench: Bench, tmp_pa
     killer = Killer()
     killer.start()
     file = RecordFile(tmp_path / "records.jsonl")
-    run_audit(cells(), bench, file, Reporter(quiet=True), jobs=2, ray="local")
+    with released():
+        run_audit(cells(), bench, file, Reporter(quiet=True), jobs=2, ray="local")
     killer.join(timeout=1)
     assert killer.killed is not None, "no worker was seen at work"
     found = file.read()

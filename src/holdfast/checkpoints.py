@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from holdfast.errors import UserError, require
 from holdfast.files import cannot_write, load_torch, save_torch
 
 DIGEST = "sha256"
+SHARE = 0.05  # of the time, at most, goes into saving
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Checkpoint:
         a crash at any moment, leaves at least one whole file."""
         content = {"identity": self.identity, **value}
         written = self.path.with_suffix(f".new{self.path.suffix}")
+        for torn in self.path.parent.glob(f".{glob.escape(written.name)}.*"):  # left by `kill -9` in the midst of one
+            with contextlib.suppress(OSError):
+                torn.unlink()
         save_torch(written, {**content, DIGEST: digest(content)})
         try:
             if self.path.exists():
@@ -74,6 +80,25 @@ class Checkpoint:
         if failed is not None:
             raise failed
         return None
+
+
+class Clock:
+    """When long work saves next: every `seconds`, more seldom where saving takes long; with 0 after every step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = self.pause = seconds
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self.last > self.pause
+
+    def save(self, save: Callable[[], None]) -> None:
+        """Call `save`, and start anew."""
+        began = time.monotonic()
+        save()
+        self.last = time.monotonic()
+        self.pause = max(self.seconds, (self.last - began) / SHARE) if self.seconds > 0 else self.seconds
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from holdfast.errors import UserError, one_line
+from holdfast.errors import UserError, one_line, require
 
 R = TypeVar("R")
 S = TypeVar("S")
@@ -21,6 +21,7 @@ TRIES = 3  # before a piece of work is given up whose worker, or its machine, is
 WINDOW = 1000  # pieces that Ray holds at a time: enough for it to see how much there is to do
 PATIENCE = 60.0  # seconds without a result before stragglers are thought of,
 SLOW = 3.0  # and no less than so many times the longest piece so far
+_joined: list[str] = []  # what this process has connected to, and not its caller
 
 
 def run_on_cluster(
@@ -28,12 +29,16 @@ def run_on_cluster(
 ) -> Iterator[R]:
     """`work(shared, spec)` for every spec, in whatever order they are done; `shared` is sent once.
 
-    `address`: of a Ray cluster, or `local` for one on this machine with `jobs` workers; `gpus`: what a piece needs of
-    one. What a lost worker or machine had at hand is started again elsewhere. Where nothing has come for long, all
-    that is left is started a second time, and of each piece the first result counts. Raises what `work` raises, and
-    `UserError` where no cluster is found, or a piece's worker is lost again and again.
+    `address`: of a Ray cluster, or `local` for one on this machine with `jobs` workers, which stays until `leave`;
+    `gpus`: what a piece needs of one. What a lost worker or machine had at hand is started again elsewhere. Where
+    nothing has come for long, all that is left is started a second time, and of each piece the first result counts.
+    Raises what `work` raises, and `UserError` where no cluster is found, or a piece's worker is lost again and again.
     """
     ray = _connect(address, jobs)
+    require(
+        not gpus or ray.cluster_resources().get("GPU", 0) >= gpus,
+        f"the cells are to run on a GPU, and the Ray cluster at '{address}' has none; set runtime.device: cpu",
+    )
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1)(_timed).options(name="holdfast_cell")
     try:
         yield from _first_results(ray, partial(task.remote, work, ray.put(shared)), specs)
@@ -44,9 +49,15 @@ def run_on_cluster(
             f"{TRIES} times a worker of one cell was lost, or the cluster itself ({one_line(error, 120)}); go on with "
             "--resume"
         ) from None
-    finally:
-        if address == "local":
-            ray.shutdown()
+
+
+def leave() -> None:
+    """Disconnect from the cluster that this process has joined, if it has; stop the local one that it has started."""
+    if _joined:
+        import ray
+
+        ray.shutdown()
+        _joined.clear()
 
 
 def _timed(work: Callable[[T, S], R], shared: T, spec: S) -> tuple[float, R]:
@@ -74,7 +85,12 @@ def _first_results(ray: Any, start: Callable[[S], Any], specs: Sequence[S]) -> I
                 twice |= slow
             continue
         number = flying.pop(done[0])
-        seconds, found = ray.get(done[0])
+        try:
+            seconds, found = ray.get(done[0])
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayTaskError) or number not in flying.values():
+                raise
+            continue  # its twin may do better
         longest = max(longest, seconds)
         for twin in [other for other, n in flying.items() if n == number]:
             del flying[twin]
@@ -107,6 +123,7 @@ def _connect(address: str, jobs: int | None) -> Any:
             ray.init(num_cpus=count, num_gpus=torch.cuda.device_count(), include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
+        _joined.append(address)
     except Exception as error:  # whatever a cluster that is not there makes Ray raise
         raise UserError(
             f"cannot reach a Ray cluster at '{address}': {one_line(error, 160)}; expected auto, HOST:PORT, "

@@ -120,8 +120,9 @@ def joined() -> Iterator[Group]:
         yield ALONE
         return
     gpus = torch.cuda.is_available()
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    own = int(os.environ["LOCAL_RANK"])
+    if own < torch.cuda.device_count():  # else it works on the CPU, or `Runtime.choose` refuses
+        torch.cuda.set_device(own)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     store, rank, count = next(rendezvous("env://"))
     # torchrun keeps its store through a restart, and in it the addresses of processes that are gone.

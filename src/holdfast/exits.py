@@ -58,8 +58,11 @@ def _rank() -> int:
 def _fail(message: str) -> NoReturn:
     if _rank():
         try:
-            time.sleep(GRACE)
-        except stopping.Terminated:  # by torchrun: the first process has failed, and said why
+            if not stopping.terminated():
+                time.sleep(GRACE)
+        except stopping.Terminated:
+            pass
+        if stopping.terminated():  # by torchrun: the first process has failed, and said why
             sys.exit(2)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

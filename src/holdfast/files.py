@@ -106,6 +106,15 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for other processes in such a block on the same lock file, then hold it; released even by `kill -9`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """`--out DIR` of one run. `claim` makes and holds it ours; every stage keeps its files below it."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from holdfast.checkpoints import Checkpoint
+from holdfast.checkpoints import Checkpoint, Clock
 from holdfast.errors import UserError, require
 from holdfast.models import State, load_state, parts_of_state
 from holdfast.progress import Bar
@@ -76,6 +76,7 @@ class History:
 
     checks: list[dict[str, float]] = field(default_factory=list)
     rollbacks: int = 0
+    silent: int = 0  # iterations in which a loss that may fail was not finite
     seconds: float = 0.0  # without those of probes that decide nothing
     released: int | None = None  # the iteration whose state was released; 0: the unprotected model
 
@@ -146,7 +147,7 @@ def run_guarded(
     progress, good, best = state
     spent = progress.history.seconds
     floor = guard.scale.floor(progress.baseline, guard.tolerance)
-    saved = time.monotonic()
+    clock = Clock(workplace.save_every_seconds)
     bar_of = workplace.reporter.bar("protect", iterations, progress.iteration)
     with unfinished(group.any) as between_steps, bar_of as bar, curves(workplace) as write:
         last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
@@ -157,7 +158,9 @@ def run_guarded(
             last = i == iterations or done(i)
             for name, value in losses.items():
                 write(f"protect/{name}", value, i)
-            broken = not all(math.isfinite(v) for name, v in losses.items() if name not in may_fail)
+            failed = {name for name, v in losses.items() if not math.isfinite(v)}
+            broken = not failed <= set(may_fail)
+            progress.history.silent += bool(failed)
             if broken or i % guard.every == 0 or last:
                 measures = (original, probe, phase(i), select)
                 good, best = _check(
@@ -168,10 +171,9 @@ def run_guarded(
             progress.history.seconds = spent + watch.seconds()
             save = partial(_save, checkpoint, model, optimisers, progress, good, best)
             between_steps(save)
-            due = time.monotonic() - saved > workplace.save_every_seconds or last
+            due = clock.due() or last
             if group.any(due) if workplace.sharded else due:
-                save()
-                saved = time.monotonic()
+                clock.save(save)
     load_state(model, best)
     progress.history.released = progress.best_iteration
     return progress.history
@@ -266,7 +268,7 @@ def _start(
     """From what a checkpoint held where there is one to resume, else from the unprotected model."""
     if saved is not None:
         _restore(model, optimisers, saved["now"])
-        history = History(saved["checks"], saved["rollbacks"], saved["seconds"])
+        history = History(saved["checks"], saved["rollbacks"], saved.get("silent", 0), saved["seconds"])
         fields = {k: saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline")}
         return _Progress(**fields, history=history), saved["good"], saved["best"]
     baseline, score = original(), restricted()
@@ -300,6 +302,7 @@ def _save(
             "baseline": progress.baseline,
             "checks": history.checks,
             "rollbacks": history.rollbacks,
+            "silent": history.silent,
             "seconds": history.seconds,
             "now": _snapshot(model, optimisers, "candidate"),
             "good": good,

@@ -19,6 +19,7 @@ from holdfast.cells import Bench, Ground
 from holdfast.defences.base import Given
 from holdfast.diffusion import pipelines
 from holdfast.diffusion.exhibits import check_exhibits
+from holdfast.distributed import current
 from holdfast.domains import Domain, DomainSpec, ImageData, load_domain, parse_selection, parts_of, sample
 from holdfast.errors import require
 from holdfast.files import fingerprint, sha256_file
@@ -146,7 +147,9 @@ class Inputs:
             if path and path != "timm":
                 models.load_state(model, read_weights(path, self.architecture))
         if not self.protected:
-            self.recipe.defence_object.check(self.given(self.runtime.place(model)))
+            shared = self.recipe.runtime.shard and current().count > 1  # perhaps too large for one device
+            model = model if shared else self.runtime.place(model)
+            self.recipe.defence_object.check(self.given(model), build=not shared)
         self._check_apart()
         learner = self.architecture.build(theirs)
         for attack in self.recipe.audit.attacks:  # a battery's that do not fit are left out, and named

@@ -176,8 +176,7 @@ class Run:
     def _defend(self, clean: Bundle) -> Bundle:
         given, folder = self.inputs, self.out / "protection"
         workplace = Workplace(folder, self.resume, self.reporter, group=self.group)
-        kept = workplace.checkpoint(given.work_identity)
-        self.group.agreed(lambda: self._check_fresh("protection", kept is not None and kept.exists()))
+        self.group.agreed(lambda: self._check_fresh("protection", workplace.begun()))
         intra_op = self._threads(given.architecture.build(len(clean.classes)))
         return defend(given, clean, folder, workplace, intra_op)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,12 +51,16 @@ class Preprocessing:
 
     def restore(self, images: Tensor) -> Tensor:
         """Normalised images (n, c, h, w) as uint8 in [0, 255]: what `normalise` began with."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
         return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (n, c, h, w) in [0, 255] to float32, (x/255 − mean)/std."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
         return images.float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, c, 1, 1) on the device, where it is sent once and not with every batch."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)

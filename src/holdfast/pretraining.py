@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from holdfast.averaging import WeightAverage
-from holdfast.checkpoints import Checkpoint
+from holdfast.checkpoints import Checkpoint, Clock
 from holdfast.distributed import ALONE, Group
 from holdfast.domains import Domain
 from holdfast.errors import UserError
@@ -30,7 +29,7 @@ class _Kept:
 
     def __init__(self, checkpoint: Checkpoint | None, model: nn.Module, parts: Mapping[str, Stateful]) -> None:
         self.checkpoint, self.model, self.parts = checkpoint, model, parts
-        self.saved = time.monotonic()
+        self.clock = Clock(save_every_seconds())
 
     def resume(self, group: Group) -> int:
         """Put back what the first process saved; returns the steps that were done by then."""
@@ -48,12 +47,11 @@ class _Kept:
         if self.checkpoint is not None:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             self.checkpoint.save({"step": step, "model": state_of(self.model), **states})
-        self.saved = time.monotonic()
 
     def save_if_due(self, step: int) -> None:
         """Every so many seconds."""
-        if time.monotonic() - self.saved > save_every_seconds():
-            self.save(step)
+        if self.clock.due():
+            self.clock.save(lambda: self.save(step))
 
 
 def train(

@@ -21,6 +21,7 @@ from holdfast.pruning import PRUNED, pruned
 from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads
 from holdfast.workplace import Workplace
 
+SILENT = "protect: all simulated adversaries diverged in {} of {} iterations, and nothing was suppressed there"
 NOTHING_FOUND = "protect: no state within the tolerance was better than the model as it was, which is what is kept"
 
 
@@ -69,26 +70,31 @@ def _note(
 ) -> None:
     """Write what happened, and say how it ended."""
     say = workplace.reporter.say
-    model = given.runtime.place(given.architecture.build(len(clean.classes)))
-    measured = measure_states(
-        given.recipe.defence_object,
-        given.given(model),
-        {"clean": clean.state, "protected": state},
-        given.restricted.test,
-        workplace.reporter,
-    )
+    measured: dict[str, Any] = {}
+    if given.recipe.defence_object.measures:
+        model = given.runtime.place(given.architecture.build(len(clean.classes)))
+        measured = measure_states(
+            given.recipe.defence_object,
+            given.given(model),
+            {"clean": clean.state, "protected": state},
+            given.restricted.test,
+            workplace.reporter,
+        )
     write_json(
         folder / "history.json",
         {
             **cost,
             "processes": workplace.group.count,
             "rollbacks": history.rollbacks,
+            "silent": history.silent,
             "released": history.released,
             "measured": measured,
             "checks": history.checks,
         },
     )
     say(f"protect: done in {duration(cost['seconds'])}, {history.rollbacks} times gone back")
+    if history.silent:
+        say(SILENT.format(history.silent, int(history.checks[-1]["iteration"])))
     if history.released == 0:
         say(NOTHING_FOUND)
 

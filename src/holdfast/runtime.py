@@ -70,8 +70,10 @@ class Runtime:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16")
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and memory layout (in place; returned for chaining)."""
-        model.to(self.device)
+        """Move a model to the device and memory layout (in place; returned for chaining). One that processes share is
+        moved block by block, and never there as a whole."""
+        if self.sharing.count == 1:
+            model.to(self.device)
         if self.channels_last and self.sharing.count == 1:  # shards are cut from contiguous tensors
             for module in model.modules():  # only 4-d weights have such a layout
                 if isinstance(module, nn.Conv2d):
@@ -79,7 +81,7 @@ class Runtime:
         if self.checkpointing:
             checkpoint_activations(model)
         if self.sharing.count > 1:
-            shard(model, self.sharing.count)
+            shard(model, self.sharing.count, self.device.split(":")[0])
         if self.compile:
             model.compile()
         return model

@@ -1,4 +1,4 @@
-"""A model that no single device could hold: its parameters, gradients and optimiser states in shards over all processes
+"""A model too large to train on one device: its parameters, gradients and optimiser states in shards over all processes
 (FSDP2, `torch.distributed.fsdp.fully_shard`).
 
 Of a sharded model each process keeps a part of every tensor along its first dimension. A layer is put together when it
@@ -18,13 +18,13 @@ if TYPE_CHECKING:  # takes seconds to import, and most have no use for it
 UNIT = 0.01  # a block with this share of the parameters is put together on its own
 
 
-def shard(model: nn.Module, count: int) -> None:
-    """Shard `model`, which all `count` processes have built alike, in place: each block of its lists and sequences on
-    its own, and what is left with the whole. Gradients are summed over the processes, not averaged."""
+def shard(model: nn.Module, count: int, kind: str) -> None:
+    """Shard `model`, which all `count` processes have built alike, in place, over devices of a kind (cpu, cuda): each
+    block of its lists and sequences on its own, and what is left with the whole. Gradients are summed over the
+    processes, not averaged."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (count,))
     least = UNIT * sum(p.numel() for p in model.parameters())
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -230,13 +231,15 @@ class Simulator:
         held_size = round(tuning.batch_size * self.held_out_fraction / (1 - self.held_out_fraction))
         held_size = max(2, held_size)  # batch statistics of one sample are none
         steps = tuning.steps
+        batches = partial(minibatches, self.data, steps=steps, runtime=self.runtime)
+        needed = [gamma != 0 for gamma in gammas]
         with seeded(seed, "simulation"):
             return accumulate_along_path(
                 self.learner,
                 tuning,
                 trained,
-                minibatches(self.data, tuning.batch_size, steps, derive(seed, "adapt"), self.runtime, within=adapt),
-                minibatches(self.data, held_size, steps, derive(seed, "evaluate"), self.runtime, within=evaluate),
+                batches(batch_size=tuning.batch_size, seed=derive(seed, "adapt"), within=adapt),
+                batches(batch_size=held_size, seed=derive(seed, "evaluate"), within=evaluate, needed=needed),
                 gammas,
                 task=self.task,
                 suppression=suppression,

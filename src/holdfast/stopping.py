@@ -34,16 +34,21 @@ def _terminate(*_: Any) -> None:
 @contextmanager
 def unfinished(agreed: Callable[[bool], bool] = bool) -> Iterator[Callable[[Callable[[], None]], None]]:
     """A block in which SIGTERM waits until what it yields is called: with a function that saves, between two steps.
-    `agreed` makes of one process's wish to stop everyone's, where several work together."""
+    `agreed` makes of one process's wish to stop everyone's, where several work together. One that comes after the
+    last step is due at the block's end."""
     _state["busy"] += 1
 
     def between_steps(save: Callable[[], None]) -> None:
         if agreed(terminated()):
             _state["asked"] = True  # of another process, perhaps
             save()
+            agreed(True)  # the others' end would be taken for a failure, and cut short what is still saving
             raise Terminated
 
     try:
         yield between_steps
     finally:
         _state["busy"] -= 1
+    if not _state["busy"] and agreed(terminated()):
+        _state["asked"] = True
+        raise Terminated

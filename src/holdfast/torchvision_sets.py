@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import UserError, one_line, unknown
+from holdfast.files import one_at_a_time
 from holdfast.imagesets import Source, Split, numbered
 
 # name -> (class in torchvision.datasets, keyword arguments for train, validation, test; None: no such split)
@@ -57,8 +58,8 @@ def open_torchvision(name: str) -> Source:
             parts.append(None)
             continue
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            parts.append(getattr(tv, cls)(root=str(root), download=True, **kwargs))
+            with one_at_a_time(root / ".lock"):  # torchvision writes straight to where others would read
+                parts.append(getattr(tv, cls)(root=str(root), download=True, **kwargs))
         except Exception as error:  # no network, checksum, missing reader package: one line for all
             raise UserError(f"cannot get {cls} from torchvision: {one_line(error, 160)}") from error
     splits = [_torchvision_split(p, name, attribute) if p is not None else None for p in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -141,18 +141,21 @@ def minibatches(
     first_step: int = 0,
     within: Tensor | None = None,
     group: Group = ALONE,
+    needed: Sequence[bool] | None = None,
 ) -> Iterator[Batch]:
     """Batches number `first_step` … `steps` − 1 of an endless stream: shuffled passes over the data, end to end.
 
     Every batch is full (`min(batch_size, len(data))`), so no step sees a stray batch of one; batch i is a function of
     `seed` and i. `within`: take only the samples at these indices, without copying them. `group`: of each batch this
-    process's part, every `count`-th sample; `UserError` where there is none for it.
+    process's part, every `count`-th sample; `UserError` where there is none for it. `needed`: batches whose entry is
+    false are empty, and cost nothing.
     """
     count = len(data) if within is None else len(within)
     size = min(batch_size, count)
     processes = group.count * runtime.sharing.count
     require(size >= processes, f"a batch of {size} cannot be shared by {processes} processes; start fewer")
     passes: dict[int, Tensor] = {}
+    nothing = data.batch(torch.zeros(0, dtype=torch.int64), runtime) if needed is not None else (torch.empty(0),) * 2
 
     def order(number: int) -> Tensor:
         if number not in passes:
@@ -162,6 +165,9 @@ def minibatches(
         return passes[number]
 
     for step in range(first_step, steps):
+        if needed is not None and not needed[step]:
+            yield nothing
+            continue
         start, stop = step * size, (step + 1) * size
         first, last = start // count, (stop - 1) // count
         parts = [order(n)[max(0, start - n * count) : stop - n * count] for n in range(first, last + 1)]

@@ -14,7 +14,7 @@ import torch
 
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN
 from holdfast.cells import Bench, CellSpec
-from holdfast.cluster import TRIES, run_on_cluster
+from holdfast.cluster import TRIES, leave, run_on_cluster
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
 from holdfast.runtime import Runtime, threads
@@ -70,6 +70,7 @@ def released() -> Iterator[None]:
     try:
         yield
     finally:
+        leave()
         if "joblib.externals.loky.reusable_executor" in sys.modules:  # else there are none to let go
             from joblib.externals.loky import get_reusable_executor
 

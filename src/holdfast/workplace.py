@@ -37,17 +37,38 @@ class Workplace:
         part = f"-{self.group.rank + 1}-of-{self.group.count}" if self.sharded else ""
         return Checkpoint(self.folder / f"checkpoint{part}.pt", identity, self.resume, self.reporter.say)
 
+    def begun(self) -> bool:
+        """Whether the folder holds a checkpoint, of however many processes."""
+        return bool(self._kept())
+
+    def _kept(self) -> list[str]:
+        return sorted(p.name for p in self.folder.glob("checkpoint*.pt")) if self.folder else []
+
+    def _check_alike(self) -> None:
+        """`UserError` where what is kept is that of another number of processes: it would be left lying there."""
+        part = f"-of-{self.group.count}." if self.sharded else "checkpoint."
+        others = [n for n in self._kept() if part not in n] if self.resume else []
+        require(
+            not others,
+            f"{self.folder} holds {', '.join(others[:2])}, of a run with another number of processes or another "
+            "runtime.shard; resume it as it was begun, or remove them to begin anew",
+        )
+
     def load(self, checkpoint: Checkpoint | None) -> Mapping[str, Any] | None:
         """What to go on from: the first process's, for all; of shards, everyone's own of the same iteration."""
+        self.group.agreed(self._check_alike)
         if not self.sharded:
             return self.group.agreed(lambda: checkpoint.load() if checkpoint else None)
         found = checkpoint.load() if checkpoint else None
         there = found["iteration"] if found else 0
         least = self.group.least(there)
-        if checkpoint and there > least > 0:  # stopped between two processes' saving
-            found = read_checkpoint(checkpoint.previous)
+        ahead = checkpoint if there > least > 0 else None  # stopped between two processes' saving
+        if ahead:
+            found = read_checkpoint(ahead.previous)
         lacking = self.group.any(least > 0 and (found is None or found["iteration"] != least))
         require(not lacking, f"the shards in {self.folder} are not of one iteration; remove them to begin anew")
+        if ahead:
+            ahead.path.unlink(missing_ok=True)  # or the next save would put it in the place of the common one
         return found if least else None
 
 

@@ -206,8 +206,8 @@ class Guarded:
     def check_classes(self, original: int, restricted: int) -> None:
         """`UserError` where the defence cannot work with these numbers of classes; most can with any."""
 
-    def prepare(self, given: Given) -> Engine:
-        """The engine; `UserError` for a network, data or classes that the defence cannot work with."""
+    def require_fit(self, given: Given) -> None:
+        """`UserError` for a network, data or classes that the defence cannot work with."""
         require(
             self.compiles or not given.runtime.compile,
             f"{type(self).__name__} looks inside the network, which a compiled one does not allow; set "
@@ -223,17 +223,30 @@ class Guarded:
             f"{type(self).__name__} as it is set needs labels; for the task {given.task.name} there are sophon, and "
             "ntp with regulariser mmd or none",
         )
+        require(
+            current().count == 1 or not given.runtime.checkpointing or not _normalises_batches(given.model),
+            "runtime.checkpointing recomputes what several processes' batch normalisation has found together, which "
+            "torch does not allow; set it to false, start one process, or take a network without batch normalisation",
+        )
         heads = given.head()
         self.check_head(heads)
         if heads:
             self.check_classes(len(given.original.classes), given.classes)
         for parameter in given.model.parameters():
             parameter.requires_grad_(True)
+
+    def prepare(self, given: Given) -> Engine:
+        """The engine; `UserError` for a network, data or classes that the defence cannot work with."""
+        self.require_fit(given)
         return self.engine(given)
 
-    def check(self, given: Given) -> None:
-        """Raise before any work what `protect` would raise."""
-        self.prepare(given)
+    def check(self, given: Given, build: bool = True) -> None:
+        """Raise before any work what `protect` would raise; without `build`, nothing beside the model is built, and
+        what only that would show is found later."""
+        if build:
+            self.prepare(given)
+        else:
+            self.require_fit(given)
 
     def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
         """What the defence's paper reports of a model beside its metric, by name, on test data of both domains."""
@@ -279,6 +292,10 @@ class Guarded:
             done=engine.done,
             may_fail=engine.may_fail,
         )
+
+
+def _normalises_batches(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def require_tolerance(spec: Guarded) -> None:

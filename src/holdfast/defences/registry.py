@@ -36,9 +36,9 @@ class Defence(Protocol):
         """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
         ...
 
-    def check(self, given: Given) -> None:
+    def check(self, given: Given, build: bool = True) -> None:
         """`UserError` where the defence cannot work with this network, these data or classes; before any work begins.
-        May change `given.model`."""
+        May change `given.model`; without `build` nothing else as large is built."""
         ...
 
     def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
@@ -74,7 +74,7 @@ class Identity:
         """It simulates nothing."""
         return False
 
-    def check(self, given: Given) -> None:
+    def check(self, given: Given, build: bool = True) -> None:
         """Any will do."""
 
     def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
