@@ -18,29 +18,47 @@ def test_at_once_where_nothing_is_unfinished() -> None:
 
 def test_between_two_steps_after_saving() -> None:
     done: list[str] = []
-    with pytest.raises(Terminated), unfinished() as between_steps:
-        stopping._terminate()
-        done.append("step")
-        between_steps(lambda: done.append("saved"))
-        done.append("never")
+
+    def work() -> None:
+        with unfinished() as between_steps:
+            stopping._terminate()
+            done.append("step")
+            between_steps(lambda: done.append("saved"))
+            done.append("never")
+
+    with pytest.raises(Terminated):
+        work()
     assert done == ["step", "saved"]
 
 
-def test_one_that_comes_after_the_last_step_is_due_at_the_end_of_the_outermost_block() -> None:
+def test_within_an_inner_block_it_waits_for_the_outer_one() -> None:
     done: list[str] = []
-    with pytest.raises(Terminated), unfinished() as between_steps:
-        with unfinished() as inner:
-            inner(lambda: done.append("never"))
-            stopping._terminate()
-        done.append("inner")
-        between_steps(lambda: done.append("saved"))
+
+    def work() -> None:
+        with unfinished() as between_steps:
+            with unfinished():
+                stopping._terminate()
+            done.append("inner")
+            between_steps(lambda: done.append("saved"))
+
+    with pytest.raises(Terminated):
+        work()
     assert done == ["inner", "saved"]
-    stopping._state["asked"] = False
-    with pytest.raises(Terminated), unfinished() as between_steps:
-        between_steps(lambda: done.append("never"))
-        stopping._terminate()
-        done.append("last save")
-    assert done[-1] == "last save"
+
+
+def test_one_that_comes_after_the_last_step_is_due_at_the_end() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with unfinished() as between_steps:
+            between_steps(lambda: done.append("never"))
+            stopping._terminate()
+            done.append("last save")
+        done.append("audit")
+
+    with pytest.raises(Terminated):
+        work()
+    assert done == ["last save"]
 
 
 def test_one_processs_wish_is_everyones_and_nobody_leaves_before_all_have_saved() -> None:
