@@ -15,9 +15,11 @@ from holdfast.defences.reverse_maml import ReverseMAML
 from holdfast.defences.skd import SKD
 from holdfast.defences.sophon import Sophon
 from holdfast.defences.unsir import UNSIR
+from holdfast.distributed import Group
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
+from holdfast.runtime import Runtime
 from holdfast.training import evaluate
 from holdfast.workplace import Workplace
 
@@ -509,10 +511,24 @@ def test_iterations_in_which_all_adversaries_diverge_are_reinforcement_alone(
     model = architecture.build(5)
     model.load_state_dict(clean_state)
     history = spec.protect(model, original, restricted.train, **arguments)
-    assert history.rollbacks == 0
+    assert (history.rollbacks, history.silent) == (0, 6)
     assert [c["strength"] for c in history.checks] == [1.0, 1.0, 1.0]
     assert [{"fts", "ntr"} & c.keys() for c in history.checks] == [set(), {"ntr"}, {"ntr"}]
     assert not torch.equal(model[14].weight, clean_state["14.weight"])  # it was trained
+
+
+def test_several_processes_do_not_recompute_batch_normalisation(original, restricted, task, monkeypatch) -> None:
+    """Activations that were normalised together cannot be computed anew; without such a layer they can."""
+    monkeypatch.setattr("holdfast.defences.base.current", lambda: Group(0, 2))
+    runtime = Runtime("cpu", "float32", checkpointing=True)
+    for norm in (True, False):
+        small = Architecture("small_conv", size=8, channels=1, options={"width": 8, "norm": norm})
+        given = Given(small.build(5), original, restricted.train, 5, small, task, runtime)
+        if norm:
+            with pytest.raises(UserError, match=r"batch normalisation has found together, .* set it to false"):
+                QUICK_SOPHON.check(given, build=False)
+        else:
+            QUICK_SOPHON.check(given, build=False)
 
 
 def test_a_probe_that_diverges_is_never_selected(

@@ -34,6 +34,16 @@ def test_a_whole_run(tmp_path: Path, recipe_file: Path) -> None:
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_adversaries_that_all_diverge_are_told(
+    tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("holdfast.defences.sophon.Simulator.simulate", lambda *_: float("nan"))
+    holdfast.run(holdfast.load_recipe(recipe_file), tmp_path / "run")
+    said = "".join(capfd.readouterr())
+    assert "all simulated adversaries diverged in 6 of 6 iterations, and nothing was suppressed there" in said
+    assert '"silent": 6' in (tmp_path / "run" / "protection" / "history.json").read_text()
+
+
 def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
     recipe = replace(parse_recipe(tiny_recipe), model=holdfast.Architecture("mine", 8, 1, factory=Mine))
     summary = holdfast.run(recipe, tmp_path / "run", quiet=True)
