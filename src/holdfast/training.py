@@ -148,14 +148,13 @@ def minibatches(
     Every batch is full (`min(batch_size, len(data))`), so no step sees a stray batch of one; batch i is a function of
     `seed` and i. `within`: take only the samples at these indices, without copying them. `group`: of each batch this
     process's part, every `count`-th sample; `UserError` where there is none for it. `needed`: batches whose entry is
-    false are empty, and cost nothing.
+    false are empty.
     """
     count = len(data) if within is None else len(within)
     size = min(batch_size, count)
     processes = group.count * runtime.sharing.count
     require(size >= processes, f"a batch of {size} cannot be shared by {processes} processes; start fewer")
     passes: dict[int, Tensor] = {}
-    nothing = data.batch(torch.zeros(0, dtype=torch.int64), runtime) if needed is not None else (torch.empty(0),) * 2
 
     def order(number: int) -> Tensor:
         if number not in passes:
@@ -166,7 +165,7 @@ def minibatches(
 
     for step in range(first_step, steps):
         if needed is not None and not needed[step]:
-            yield nothing
+            yield data.batch(torch.zeros(0, dtype=torch.int64), runtime)
             continue
         start, stop = step * size, (step + 1) * size
         first, last = start // count, (stop - 1) // count
