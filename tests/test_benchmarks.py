@@ -32,6 +32,15 @@ def test_the_three_ways_to_spend_k_steps() -> None:
         assert module.seconds(lambda way=way: way(1)) > 0
 
 
+def test_images_a_second_as_a_share_of_the_matrix_rate() -> None:
+    """By hand: share × matrix rate = images a second × FLOPs of an image."""
+    module, runtime = load("rate"), Runtime.choose("cpu")
+    peak = module.matrix_rate(runtime, 256, 1)
+    found = module.measure("small_conv", 16, 8, 1, 1, runtime, (False,), peak)
+    asked = found["images_per_second"]["eager"] * found["gflops_an_image"] * 1e9
+    assert abs(found["share"]["eager"] - asked / peak) < 0.02
+
+
 def test_peak_memory_is_measured_in_a_fresh_process() -> None:
     command = [sys.executable, str(FOLDER / "simulation.py"), "--peak", "small_conv", "loop", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

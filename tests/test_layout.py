@@ -18,6 +18,7 @@ ORDER = [
     "memory",
     "runtime",
     "progress",
+    "ledger",
     "losses",
     "scales",
     "separation",

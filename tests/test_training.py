@@ -10,7 +10,8 @@ from torch import nn
 
 from holdfast.errors import UserError
 from holdfast.finetuning import ALIASES, OPTIMISERS, FineTuning
-from holdfast.models import state_of
+from holdfast.models import Architecture, state_of
+from holdfast.tasks import Classification
 from holdfast.training import evaluate, fit, minibatches
 
 
@@ -26,7 +27,7 @@ def test_fit_is_forward_backward_update(runtime) -> None:
         F.cross_entropy,
         torch.optim.SGD(model.parameters(), 0.1),
         runtime=runtime,
-        after_step=lambda step, loss: seen.append((step, loss)),
+        after_step=lambda step, loss: seen.append((step, loss.item())),
     )
     losses = []
     for x, y in batches:
@@ -65,6 +66,58 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(runtime) -> None:
     result = fit(model, [batch], F.cross_entropy, torch.optim.SGD(model.parameters(), 1.0), runtime=runtime)
     assert result.diverged_at == 1
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("lag", [1, 3, 8])
+def test_a_loss_that_is_read_late_changes_nothing_but_when_it_is_noticed(runtime, lag) -> None:
+    batches = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1])) for _ in range(7)]
+    outcomes = []
+    for late in (0, lag):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2)
+        adam = torch.optim.Adam(model.parameters(), 0.1)
+        result = fit(model, batches, F.cross_entropy, adam, runtime=replace(runtime, lag=late))
+        outcomes.append((result, model.weight.detach().clone()))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+@pytest.mark.parametrize(("lag", "seen"), [(0, 3), (2, 5), (20, 9)])
+def test_a_run_that_diverged_ends_lag_steps_later_and_says_where(runtime, lag, seen) -> None:
+    """From step 4 on the loss is not finite; what a late reader does meanwhile is not more than `lag` steps."""
+    batches = [(torch.full((2, 2), math.inf if i >= 3 else 1.0), torch.tensor([0, 1])) for i in range(9)]
+    model, steps = nn.Linear(2, 2), []
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    late = replace(runtime, lag=lag)
+    result = fit(model, batches, F.cross_entropy, sgd, runtime=late, after_step=lambda step, _: steps.append(step))
+    assert (result.steps, result.diverged_at) == (4, 4)
+    assert not math.isfinite(result.loss)
+    assert len(steps) == seen
+
+
+@pytest.mark.parametrize("lag", [0, 5])
+def test_no_evaluation_is_noted_as_running_after_the_loss_has_gone(original, runtime, lag) -> None:
+    """Whether the loop has noticed yet or not: a fine-tuning that diverged at step 2 was running at step 1 at most."""
+    late = replace(runtime, lag=lag)
+    architecture = Architecture("small_conv", 8, 1)
+    model = architecture.build(5)
+    noted = []
+    tuning = FineTuning(optimiser="sgd", lr=1000.0, batch_size=20, steps=40)
+    result = tuning.run_from(
+        {n: v * (1e12 if v.ndim > 1 else 1) for n, v in model.state_dict().items()},
+        model,
+        original.train,
+        Classification(),
+        architecture,
+        5,
+        runtime=late,
+        seed=0,
+        steps=[1, 4, 40],
+        note=lambda step, how: noted.append((step, how)),
+    )
+    assert result.diverged_at is not None
+    assert [n for n in noted if n[0] >= result.diverged_at and n[1] == "running" and n[0] > 0] == []
+    assert noted[-1] == (40, "diverged")
 
 
 def test_minibatches_are_full_cover_every_pass_and_do_not_depend_on_where_one_starts(original, runtime) -> None:

@@ -52,7 +52,7 @@ class WeightAverage:
     def following(self, after_step: AfterStep | None, shown: Collection[int]) -> AfterStep:
         """`after_step` with the average kept up to date; at the steps `shown` it sees the averaged weights."""
 
-        def follow(step: int, loss: float) -> bool | None:
+        def follow(step: int, loss: Tensor) -> bool | None:
             self.update()
             if after_step is None:
                 return None

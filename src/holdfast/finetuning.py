@@ -246,18 +246,20 @@ class FineTuning:
         """
         self.initialise_from(model, state, architecture, classes, seed)
         note(0, "running")
-        recent: list[float] = []
+        recent: list[torch.Tensor] = []
         last, enough = 0, False
 
-        def after_step(step: int, loss: float) -> bool:
+        def after_step(step: int, loss: torch.Tensor) -> bool:
             nonlocal last, enough
             if step == 1 and inspect is not None:
                 inspect(model)
             recent.append(loss)
             if step not in steps:
                 return False
-            last = step
-            quiet = sum(recent) / len(recent) < converged
+            mean = torch.stack(recent).mean().item()
+            if not math.isfinite(mean):  # on a GPU the loop has yet to notice
+                return True
+            last, quiet = step, mean < converged
             recent.clear()
             enough = bool(note(step, "running"))
             return enough or quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.averaging import WeightAverage
 from holdfast.checkpoints import Checkpoint, Clock
@@ -88,11 +88,11 @@ def train(
     bar_of = reporter.bar("pretrain", tuning.steps, first)
     with unfinished(group.any) as between_steps, bar_of as bar, seeded(seed, "pretrain"):
 
-        def after_step(step: int, value: float) -> None:
+        def after_step(step: int, value: Tensor) -> None:
             after()
             if average is not None:
                 average.update()
-            bar.update(step, f"loss {value:.3f}")
+            bar.update(step, lambda: f"loss {value.item():.3f}")
             between_steps(lambda: kept.save(step))
             kept.save_if_due(step)
 

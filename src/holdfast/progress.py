@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from holdfast.distributed import current
+
+REFRESH = 0.2  # seconds between notes on a terminal
 
 
 class Reporter:
@@ -36,6 +39,7 @@ class Bar:
     def __init__(self, console: Console, what: str, total: int, done: int, every: float = 10.0) -> None:
         self.console, self.what, self.total, self.first, self.done = console, what, total, done, done
         self.every, self.note = every, ""
+        self.unread: Callable[[], str] | None = None
         self.started = self.printed = time.monotonic()
         self.live: Progress | None = None
 
@@ -65,15 +69,26 @@ class Bar:
         elif self.done > self.first:
             self._print()
 
-    def update(self, done: int, note: str | None = None) -> None:
-        """`done` of `total` are done; `note` is what to know about it."""
+    def update(self, done: int, note: str | Callable[[], str] | None = None) -> None:
+        """`done` of `total` are done; `note` is what to know about it. One that costs something to find comes as a
+        function, which is asked only when the note is shown."""
         self.done = done
-        if note is not None:
-            self.note = note
+        if callable(note):
+            self.unread = note
+        elif note is not None:
+            self.note, self.unread = note, None
+        now = time.monotonic()
         if self.live is not None:
+            if self.unread is None or now - self.printed >= REFRESH:
+                self._read()
+                self.printed = now
             self.live.update(self.task, completed=done, note=self.note)
-        elif time.monotonic() - self.printed >= self.every:
+        elif now - self.printed >= self.every:
             self._print()
+
+    def _read(self) -> None:
+        if self.unread is not None:
+            self.note, self.unread = self.unread(), None
 
     def advance(self, note: str | None = None) -> None:
         """One more is done."""
@@ -87,6 +102,7 @@ class Bar:
         return (time.monotonic() - self.started) / fresh * (self.total - self.done)
 
     def _print(self) -> None:
+        self._read()
         self.printed = time.monotonic()
         left = self.seconds_left()
         time_left = f", {duration(left)} left" if left else ""

@@ -19,6 +19,7 @@ from holdfast.domains import DomainSpec
 from holdfast.errors import UserError, require, unknown
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture
+from holdfast.runtime import Compile
 from holdfast.selfsupervised import SelfSupervision
 from holdfast.tasktable import TASKS
 
@@ -27,7 +28,8 @@ PRETRAIN = FineTuning("scratch", optimiser="adam", lr=1e-3, schedule="cosine", b
 
 @dataclass(frozen=True)
 class RuntimeSpec:
-    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `checkpointing`: activations are computed anew in
+    """`device`: auto, cpu, cuda. `precision`: auto, float32, bf16. `compile`: by `torch.compile`, or `graphs`: recorded
+    as CUDA graphs too. `checkpointing`: activations are computed anew in
     the backward pass, for less memory and a third more work. `shard`: the processes of torchrun hold one model together
     while it is protected, instead of one each. `jobs`: audit processes (default: one a core).
     `ray`: address of a Ray cluster for the audit instead, or `local`.
@@ -35,7 +37,7 @@ class RuntimeSpec:
 
     device: str = "auto"
     precision: str = "auto"
-    compile: bool = False
+    compile: Compile = False
     checkpointing: bool = False
     shard: bool = False
     jobs: int | None = None

@@ -22,6 +22,8 @@ from holdfast.memory import MicroBatches
 from holdfast.sharding import shard
 
 Precision = Literal["auto", "float32", "bf16"]
+Compile = bool | Literal["graphs"]
+LAG = 8  # steps: enough for a GPU never to wait for the host, few enough to notice early that a run has diverged
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,24 @@ class Runtime:
     """A resolved choice. Make one with `Runtime.choose`.
 
     `bf16` means autocast: weights, gradients, losses and optimiser state stay in float32. `checkpointing`: activations
-    are computed anew in the backward pass (Chen et al., 2016). `sharing`: processes that hold every model together, in
-    shards, and take their part of every batch. `micro` remembers what fits into memory.
+    are computed anew in the backward pass (Chen et al., 2016). `compile`: by `torch.compile`; `graphs`: and recorded as
+    CUDA graphs, so that a step of fixed shape is one launch. `sharing`: processes that hold every model together, in
+    shards, and take their part of every batch. `lag`: after how many steps a loss is looked at (`Ledger`). `micro`
+    remembers what fits into memory.
     """
 
     device: str = "cpu"
     precision: str = "float32"
     channels_last: bool = True
-    compile: bool = False
+    compile: Compile = False
     checkpointing: bool = False
+    lag: int = 0
     sharing: Group = ALONE
     micro: MicroBatches = field(default_factory=MicroBatches, compare=False, repr=False)
 
     @staticmethod
     def choose(
-        device: str = "auto", precision: Precision = "auto", compile: bool = False, checkpointing: bool = False
+        device: str = "auto", precision: Precision = "auto", compile: Compile = False, checkpointing: bool = False
     ) -> Runtime:
         """Resolve `auto`.
 
@@ -63,7 +68,8 @@ class Runtime:
         if precision == "auto":
             precision = "bf16" if has_fast_bf16(device) else "float32"
         require(precision in ("float32", "bf16"), f"unknown precision '{precision}'; valid: auto, float32, bf16")
-        return Runtime(device, precision, True, compile, checkpointing)
+        require(compile in (True, False, "graphs"), f"compile must be true, false or graphs, but got '{compile}'")
+        return Runtime(device, precision, True, compile, checkpointing, LAG if kind == "cuda" else 0)
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes."""
@@ -83,8 +89,13 @@ class Runtime:
         if self.sharing.count > 1:
             shard(model, self.sharing.count, self.device.split(":")[0])
         if self.compile:
-            model.compile()
+            model.compile(mode="reduce-overhead" if self.compile == "graphs" else None)
         return model
+
+    def begin_step(self) -> None:
+        """Said before every training step: what an earlier replay of a CUDA graph returned may now be overwritten."""
+        if self.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def images(self, batch: Tensor) -> Tensor:
         """A float batch (n, c, h, w) in the layout that the models have."""

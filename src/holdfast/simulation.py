@@ -96,7 +96,8 @@ class Accumulator:
 
     def finite(self) -> bool:
         """Whether every entry that this process has is finite."""
-        return all(bool(own(s).isfinite().all()) for s in self.sums.values())
+        found = [own(s).isfinite().all() for s in self.sums.values()]
+        return not found or bool(torch.stack(found).all())
 
     def apply(self, model: nn.Module) -> None:
         """Make the sums the gradients of `model`'s parameters of the same name and shape; the others get none."""
@@ -130,7 +131,7 @@ def accumulate_along_path(
     targets = [by_name[n] for n in names]
     total = torch.zeros((), device=runtime.device)
 
-    def after_step(step: int, _: float) -> None:
+    def after_step(step: int, _: Tensor) -> None:
         inputs, labels = next(held_out)
         gamma = gammas[step - 1]
         if gamma == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from holdfast.distributed import ALONE, Group
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.layers import evaluating
+from holdfast.ledger import Ledger
 from holdfast.optimisers import SAM
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, generator, reseed
@@ -23,7 +23,7 @@ from holdfast.tasks import Loss, Task
 
 Batch = tuple[Tensor, Tensor]
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
-AfterStep = Callable[[int, float], bool | None]
+AfterStep = Callable[[int, Tensor], bool | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def fit(
 ) -> FitResult:
     """Forward, backward, update for every batch; `after_step(step, loss)` after each, from step `first_step + 1` on.
 
-    A true value from `after_step` ends the run; so does a loss that is not finite, before it reaches the weights.
+    A true value from `after_step` ends the run; so does a loss that is not finite, before it reaches the weights. Where
+    `runtime.lag` is not 0 (on a GPU) losses are looked at so many steps later, and weights that a broken loss has
+    reached are as they are by then; `diverged_at` is exact. `loss` is a scalar tensor on the device: reading it waits.
     `forward`: a task's, which makes of model, inputs and targets what `loss` takes. `clip`: largest L2 norm of the
     gradient. `set_mode` is called before every step, so a callback may change modes.
     With `seed`, step s draws from the stream (seed, "step", s): dropout does not depend on where a run was resumed.
@@ -67,16 +69,18 @@ def fit(
     mean loss over the whole batch, batch statistics (but of a compiled network) are the whole batch's too.
     Works on the model in place.
     """
-    step, value = first_step, math.nan
+    step, ledger = first_step, Ledger(runtime.lag)
     stream = (*group.stream, *runtime.sharing.stream)
     for step, (inputs, targets) in enumerate(batches, start=first_step + 1):
         set_mode(model)
         optimiser.zero_grad(set_to_none=True)
         if seed is not None:
             reseed(derive(seed, "step", step, *stream))
+        runtime.begin_step()
         value = _gradients(model, inputs, targets, forward, loss, runtime, group)
-        if not math.isfinite(value):
-            return FitResult(step, value, step)
+        broken = ledger.note(step, value)
+        if broken:
+            return FitResult(*broken, broken[0])
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if isinstance(optimiser, SAM):
@@ -89,7 +93,8 @@ def fit(
             schedule.step()
         if after_step is not None and after_step(step, value):
             break
-    return FitResult(step, value)
+    broken = ledger.settle()
+    return FitResult(*broken, broken[0]) if broken else FitResult(step, ledger.last)
 
 
 def _gradients(
@@ -100,7 +105,7 @@ def _gradients(
     loss: Loss,
     runtime: Runtime,
     group: Group,
-) -> float:
+) -> Tensor:
     """The gradient of the mean loss over the samples of all processes; returns that loss."""
     sharing = runtime.sharing
     together = sharing if sharing.count > 1 else group
@@ -115,16 +120,16 @@ def _gradients(
         return current.detach()
 
     if together.count == 1:
-        return runtime.micro.run(inputs, targets, part, partial(model.zero_grad, set_to_none=True)).item()
+        return runtime.micro.run(inputs, targets, part, partial(model.zero_grad, set_to_none=True))
     total = part(inputs, targets, 1.0)  # whole: the processes meet in it as often as each other
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     both = torch.stack([total, torch.full_like(total, mine)])
     together.sum([both] if together is sharing else [*gradients, both])  # those of shards are summed already
     torch._foreach_div_(gradients, both[1])
-    return (both[0] / both[1]).item()
+    return both[0] / both[1]
 
 
-def _anew(optimiser: torch.optim.Optimizer, drawn: int | None, again: Callable[[], float]) -> None:
+def _anew(optimiser: torch.optim.Optimizer, drawn: int | None, again: Callable[[], object]) -> None:
     """The gradient of the same loss elsewhere: with the same noise and dropout as at the first."""
     optimiser.zero_grad(set_to_none=True)
     if drawn is not None:
@@ -155,12 +160,14 @@ def minibatches(
     processes = group.count * runtime.sharing.count
     require(size >= processes, f"a batch of {size} cannot be shared by {processes} processes; start fewer")
     passes: dict[int, Tensor] = {}
+    within = None if within is None else within.to(data.images.device)
 
     def order(number: int) -> Tensor:
         if number not in passes:
             for old in [n for n in passes if n < number - 1]:
                 del passes[old]
-            passes[number] = torch.randperm(count, generator=generator(seed, "pass", number))
+            drawn = torch.randperm(count, generator=generator(seed, "pass", number))
+            passes[number] = drawn.to(data.images.device)  # once a pass, so that no batch has to
         return passes[number]
 
     for step in range(first_step, steps):
