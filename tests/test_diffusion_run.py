@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from holdfast.attacks.attack import Attack, Search
+from holdfast.cells import CellSpec
 from holdfast.defences.base import Given
 from holdfast.defences.registry import DEFENCES
+from holdfast.diffusion import exhibits
 from holdfast.diffusion.distances import distance
 from holdfast.diffusion.exhibits import read_exhibits
 from holdfast.diffusion.pipelines import resolved
 from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
 from holdfast.inputs import Inputs
 from holdfast.models import Architecture
 from holdfast.pipeline import run
@@ -193,6 +198,35 @@ def test_exhibits(done) -> None:
     run(parse_recipe(RECIPE), done, resume=True, quiet=True)
     assert [f.stat().st_mtime_ns for f in files] == before
     assert "random features" in (done / "report.md").read_text()
+
+
+def test_models_that_the_audit_kept_are_those_that_an_attack_makes_anew(done, tmp_path, monkeypatch) -> None:
+    """The audit hands on its models after the default attack; without them the same attack is run again."""
+    kept = read_exhibits(done / "exhibits")
+    again = tmp_path / "again"
+    shutil.copytree(done, again)
+    for file in (again / "exhibits").glob("attacked-*.safetensors"):
+        file.unlink()
+    trained = []
+    real = exhibits.end_of
+    monkeypatch.setattr(exhibits, "end_of", lambda bench, spec: trained.append(spec.model) or real(bench, spec))
+    run(parse_recipe(RECIPE), again, resume=True, quiet=True)
+    assert sorted(trained) == ["clean", "protected", "scratch"]
+    for key, parts in read_exhibits(again / "exhibits").items():
+        assert all(torch.equal(v, kept[key][n]) for n, v in parts.items()), key
+
+
+def test_only_models_that_are_shown_are_kept() -> None:
+    plain, searched = Attack("a", FineTuning(steps=2)), Attack("b", FineTuning(steps=2), search=Search())
+    specs = [
+        CellSpec(m, a, (a.name,), (False,), s) for m in ("clean", "scratch") for a in (plain, searched) for s in (0, 1)
+    ]
+    assert [(s.model, s.attack.name, s.seed) for s in exhibits.marked(specs, plain) if s.keep] == [
+        ("clean", "a", 0), ("scratch", "a", 0)
+    ]  # fmt: skip
+    assert not any(s.keep for s in exhibits.marked(specs, searched))
+    adapters = Attack("a", FineTuning(steps=2, train="lora"))
+    assert not any(s.keep for s in exhibits.marked(specs, adapters))
 
 
 def test_the_distance_tells_images_apart() -> None:

@@ -77,8 +77,8 @@ def test_scratch_runs_serve_every_attack_with_the_same_control() -> None:
 
 
 def test_two_processes_give_what_one_gives(bench: Bench) -> None:
-    alone = [r for found in run_all(run_cell, bench, cells(), jobs=1) for r in found]
-    together = [r for found in run_all(run_cell, bench, cells(), jobs=2) for r in found]
+    alone = [r for found in run_all(run_cell, bench, cells(), jobs=1) for r in found.records]
+    together = [r for found in run_all(run_cell, bench, cells(), jobs=2) for r in found.records]
     assert seen(together) == seen(alone)
     assert len(together) == len(alone)
 
@@ -89,7 +89,7 @@ def dies_once(bench: Bench, spec: CellSpec) -> list[Record]:
     if not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return run_cell(bench, spec)
+    return run_cell(bench, spec).records
 
 
 def dies_always(bench: Bench, spec: CellSpec) -> list[Record]:
@@ -102,7 +102,7 @@ def test_a_process_that_is_killed_is_replaced(bench: Bench, tmp_path: Path) -> N
     here = replace(bench, provenance=str(tmp_path / "killed"))
     found = [r for cell in run_all(dies_once, here, cells()[:4], jobs=2) for r in cell]
     assert (tmp_path / "killed").exists()
-    assert seen(found) == seen([r for spec in cells()[:4] for r in run_cell(bench, spec)])
+    assert seen(found) == seen([r for spec in cells()[:4] for r in run_cell(bench, spec).records])
     with pytest.raises(UserError, match="3 times a worker was killed"):
         list(run_all(dies_always, bench, cells()[:4], jobs=2))
 
@@ -112,9 +112,11 @@ def test_what_is_not_finite_when_evaluated_has_diverged(bench: Bench) -> None:
     state = {n: v.clone() for n, v in bench.states["clean"].items()}
     state["1.running_mean"][:] = float("nan")
     poisoned = replace(bench, states={**bench.states, "protected": state})
-    found = run_cell(poisoned, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0))
+    found = run_cell(poisoned, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0)).records
     assert all(r.diverged for r in found)
-    assert not any(r.diverged for r in run_cell(bench, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0)))
+    whole = run_cell(bench, CellSpec("protected", ATTACKS[0], ("plain",), (False,), 0))
+    assert not any(r.diverged for r in whole.records)
+    assert whole.end is None
 
 
 class Killer(threading.Thread):
@@ -144,7 +146,7 @@ class Killer(threading.Thread):
 
 def test_a_real_ray_with_two_workers_of_which_one_is_killed(bench: Bench, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    expected = [r for found in run_all(run_cell, bench, cells(), jobs=1) for r in found]
+    expected = [r for found in run_all(run_cell, bench, cells(), jobs=1) for r in found.records]
     killer = Killer()
     killer.start()
     file = RecordFile(tmp_path / "records.jsonl")

@@ -19,7 +19,7 @@ from torch import nn
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import battery
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN, Released
-from holdfast.cells import Bench, CellSpec, run_cell
+from holdfast.cells import Bench, CellSpec, End, run_cell
 from holdfast.domains import Domain
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
@@ -205,18 +205,22 @@ def run_audit(
     reporter: Reporter,
     jobs: int | None = None,
     ray: str | None = None,
+    kept: Callable[[End], None] = lambda _: None,
 ) -> None:
-    """Run the cells that `file` lacks; see `workers.run_all` for `jobs` and `ray`."""
+    """Run the cells that `file` lacks; see `workers.run_all` for `jobs` and `ray`. `kept` is given the models that are
+    to be kept, before their records are written."""
     done = file.recover()
     left = [s for s in specs if not all((s.model, name, s.seed) in done for name in s.names)]
     if not left:
         return
     with reporter.bar("audit", len(specs), len(specs) - len(left)) as bar:
         for found in run_all(run_cell, bench, left, jobs, ray):
-            fresh = [r for r in found if (r.model, r.attack, r.seed) not in done]
+            if found.end is not None:
+                kept(found.end)
+            fresh = [r for r in found.records if (r.model, r.attack, r.seed) not in done]
             file.append(fresh)
             done |= {(r.model, r.attack, r.seed) for r in fresh}  # a cell that came twice counts once
-            last = next(r for r in reversed(found) if r.split == "test")
+            last = next(r for r in reversed(found.records) if r.split == "test")
             scale = bench.task.scale
             bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {scale.name} {scale.shown(last.value)}")
 

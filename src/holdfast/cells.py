@@ -78,7 +78,8 @@ class Bench:
 @dataclass(frozen=True)
 class CellSpec:
     """Which cell. `names`: the attacks under which its records are kept (a from-scratch run serves every attack with
-    the same optimisation), `simulated` for each. `benign`: on the third domain instead of the restricted one."""
+    the same optimisation), `simulated` for each. `benign`: on the third domain instead of the restricted one. `keep`:
+    whether the model is wanted as it is at the end."""
 
     model: str
     attack: Attack
@@ -87,6 +88,25 @@ class CellSpec:
     seed: int
     setting: dict[str, Any] | None = None
     benign: bool = False
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class End:
+    """A model at the end of an attack: its weights, and what builds it."""
+
+    model: str
+    state: State
+    architecture: Architecture
+    classes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell has found; `end` where it was to be kept."""
+
+    records: list[Record]
+    end: End | None = None
 
 
 @dataclass
@@ -179,7 +199,7 @@ def start(bench: Bench, prepared: Prepared, seed: int) -> nn.Module:
     return bench.runtime.place(built)
 
 
-def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
+def run_cell(bench: Bench, spec: CellSpec) -> Outcome:
     """Edit, initialise, fine-tune, evaluate along the way on validation and test data. An attack that diverges keeps
     its broken model to the end: the steps it did not make are recorded as that model's, marked `diverged`."""
     began = time.monotonic()
@@ -219,7 +239,8 @@ def run_cell(bench: Bench, spec: CellSpec) -> list[Record]:
                 )
 
     follow(bench, meter, model, spec.seed, note)
-    return records
+    end = End(spec.model, state_of(model), architecture, ground.classes) if spec.keep else None
+    return Outcome(records, end)
 
 
 def follow(bench: Bench, meter: Meter, model: nn.Module, seed: int, note: Note) -> FitResult:

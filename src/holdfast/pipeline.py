@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from holdfast.audit import (
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
-from holdfast.diffusion.exhibits import Show, make_exhibits
+from holdfast.diffusion.exhibits import Show, keep_end, make_exhibits, marked
 from holdfast.distributed import ALONE, Group, current
 from holdfast.domains import public_name
 from holdfast.errors import UserError, require
@@ -216,11 +217,13 @@ class Run:
             taken += adopt_cells(self.controls, good, files, cells, where) if self.controls else 0
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
-            run_audit(cells, bench, file, *workers)
+            shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
+            exhibits = self.out / "exhibits"
+            cells = marked(cells, shown) if given.task.generates else cells
+            run_audit(cells, bench, file, *workers, kept=partial(keep_end, exhibits))
             if given.task.generates:
                 show = Show(bench, given.original if given.with_original else None, given.decode)
-                shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
-                make_exhibits(show, shown, self.out / "exhibits", *workers)
+                make_exhibits(show, shown, exhibits, *workers)
         self._note_memory()
 
     def _simulates(self) -> Callable[[FineTuning], bool]:

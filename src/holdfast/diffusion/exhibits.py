@@ -7,7 +7,8 @@ attack with the audit's first seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.attacks.attack import Attack
-from holdfast.cells import Bench, CellSpec, Meter, follow, prepare, start
+from holdfast.cells import Bench, CellSpec, End, Meter, follow, prepare, start
 from holdfast.diffusion.denoisers import Denoiser
 from holdfast.diffusion.denoising import Denoising, fixed_noise, grid
 from holdfast.diffusion.distances import LEAST, NAMES, distance, inception_weights, require_torchmetrics
@@ -66,18 +67,38 @@ def check_exhibits(data: ImageData) -> None:
     )
 
 
+def marked(specs: Sequence[CellSpec], attack: Attack) -> list[CellSpec]:
+    """The audit's cells, with those whose models at the end the exhibits show marked to be kept: none where the attack
+    is searched, or changes the network; then what is shown is run apart."""
+    plain = attack.search is None and not attack.edits and attack.tuning.train == "all"
+    return [replace(s, keep=plain and s.seed == SEED and attack.name in s.names and not s.benign) for s in specs]
+
+
+def keep_end(folder: Path, end: End) -> None:
+    """Write a model that the exhibits will show."""
+    write_atomic(end_path(folder, end.model), safetensors.torch.save({n: v.contiguous() for n, v in end.state.items()}))
+
+
+def end_path(folder: Path, model: str) -> Path:
+    """Where such a model lies until it has been shown."""
+    return folder / "ends" / f"{model}.safetensors"
+
+
 def make_exhibits(
     show: Show, attack: Attack, folder: Path, reporter: Reporter, jobs: int | None = None, ray: str | None = None
 ) -> None:
-    """Write the exhibits that `folder` lacks; the attacks are run as an audit's cells are (`workers.run_all`)."""
+    """Write the exhibits that `folder` lacks. Of models that the audit has not kept, attacks are run anew, as its
+    cells are (`workers.run_all`)."""
     left = [(how, m) for how, m in PLAN if not path_of(folder, how, m).exists()]
     if not left:
         return
     bench, plain = show.bench, replace(attack, search=None)
+    attacked = [m for how, m in left if how == "attacked"]
+    there = [m for m in attacked if end_path(folder, m).exists()]
     specs = [
         CellSpec(m, plain.control() if m == "scratch" else plain, (plain.name,), (False,), SEED)
-        for how, m in left
-        if how == "attacked"
+        for m in attacked
+        if m not in there
     ]
     with reporter.bar("exhibits", len(PLAN), len(PLAN) - len(left)) as bar:
 
@@ -89,18 +110,12 @@ def make_exhibits(
 
         for name in (m for how, m in left if how == "released"):
             keep("released", name, _loaded(show, bench.architecture, bench.head_classes, bench.states[name]))
+        for name in there:
+            state = safetensors.torch.load_file(end_path(folder, name))
+            keep("attacked", name, _loaded(show, bench.architecture, bench.restricted.classes, state))
         for end in run_all(end_of, bench, specs, jobs, ray) if specs else ():
             keep("attacked", end.model, _loaded(show, end.architecture, end.classes, end.state))
-
-
-@dataclass(frozen=True)
-class End:
-    """A model at the end of an attack: its weights, and what builds it."""
-
-    model: str
-    state: State
-    architecture: Architecture
-    classes: int
+    shutil.rmtree(folder / "ends", ignore_errors=True)
 
 
 def end_of(bench: Bench, spec: CellSpec) -> End:
@@ -108,8 +123,7 @@ def end_of(bench: Bench, spec: CellSpec) -> End:
     prepared = prepare(bench, spec.model, spec.attack, spec.seed)
     model = start(bench, prepared, spec.seed)
     follow(bench, Meter(prepared, spec.attack, bench.runtime, ()), model, spec.seed, lambda *_: None)
-    state = {n: v.cpu() for n, v in state_of(model).items()}
-    return End(spec.model, state, prepared.released.architecture, prepared.ground.classes)
+    return End(spec.model, state_of(model), prepared.released.architecture, prepared.ground.classes)
 
 
 def _loaded(show: Show, architecture: Architecture, classes: int, state: State) -> nn.Module:
