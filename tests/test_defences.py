@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from holdfast.defences.base import Given
+from holdfast.defences.lockout import Lockout
 from holdfast.defences.ntl import NTL
 from holdfast.defences.ntp import NTP
 from holdfast.defences.registry import DEFENCES, Identity, defence_class
@@ -51,6 +52,9 @@ QUICK_UNSIR = UNSIR(
 QUICK_SKD = SKD(
     target=-5.0, tolerance=0.4, iterations=80, lr=1e-2, batch_size=40, head_steps=60, check_every=20, probe_steps=10
 )
+QUICK_LOCKOUT = Lockout(
+    iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, hinge=0.3, spread=0.1, tolerance=0.1
+)
 QUICK_MAML = ReverseMAML(iterations=6, tasks=1, check_every=3, batch_size=40, probe_steps=10)
 CASES = {
     "sophon": QUICK_SOPHON,
@@ -59,6 +63,7 @@ CASES = {
     "reverse-maml": QUICK_MAML,
     "ntl": QUICK_NTL,
     "unsir": QUICK_UNSIR,
+    "lockout": QUICK_LOCKOUT,
     "identity": Identity(),
 }
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from holdfast.defences.base import Given
+from holdfast.defences.lockout import Lockout
 from holdfast.defences.ntl import NTL
 from holdfast.defences.ntp import NTP
 from holdfast.defences.reverse_maml import ReverseMAML
@@ -94,6 +95,7 @@ DEFENCES: Mapping[str, type[Any]] = MappingProxyType(
         "reverse-maml": ReverseMAML,
         "ntl": NTL,
         "unsir": UNSIR,
+        "lockout": Lockout,
         "identity": Identity,
     }
 )

@@ -1,0 +1,259 @@
+"""Lockout, ours: what restricted images can make of a network is collapsed at every depth at which an attacker may
+restart, and the units that read them are closed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from holdfast.augmentation import shifted
+from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
+from holdfast.defences.base import (
+    Engine,
+    Given,
+    Guarded,
+    Prober,
+    own_statistics,
+    require_positive,
+    require_rates,
+    require_tolerance,
+)
+from holdfast.domains import ImageData
+from holdfast.errors import require
+from holdfast.features import Tap, Taps, activations, closed_at, depths
+from holdfast.finetuning import Initialise
+from holdfast.guard import Phase, Select
+from holdfast.layers import evaluating
+from holdfast.models import load_state
+from holdfast.seeding import derive, generator, seeded
+from holdfast.separation import fisher_ratio
+from holdfast.training import fit
+
+CALIBRATION = 500  # original images on which the scale of every channel is measured
+
+
+@dataclass(frozen=True)
+class Lockout(Guarded):
+    """Hyper-parameters of Lockout. There is no paper: every value is ours.
+
+    The loss on a batch of each domain, with θ₀ the unprotected model and z_l, x_l what goes into activation l and
+    weight layer l,
+
+        L = L_task(original) + `distillation`·D(θ₀ ‖ θ; original) + s·( `hinge`·Σ_{l ∈ last close} H(z_l; restricted)
+            + `flat`·Σ_{l ∈ last close} V(z_l; restricted)/V₀(z_l; original)
+            + `spread`·Σ_l log(V(x_l; restricted)/V(x_l; original)) + `fisher`·Σ_l F(x_l; restricted)
+            + `answer`·L_α(restricted) ) ,
+
+    each Σ a mean over its layers; H is `collapse.hinge`, V `collapse.between_images`, F `separation.fisher_ratio`, L_α
+    the task's suppression loss, s what the guard allows. Restricted images pass with the running statistics of batch
+    normalisation, as they will when the model is used or its layers are frozen, and with their own, as when it is
+    trained; the latter cannot be closed, a normalised channel has both signs, but collapsed.
+    """
+
+    close: int = 2  # activations, counted from the last, whose units are closed
+    hinge: float = 1.0
+    margin: float = 1.0  # in deviations of a channel's pre-activations on original images
+    worst: float = 1.0  # of an image's most open unit, beside the mean over all
+    flat: float = 0.0
+    spread: float = 0.25
+    fisher: float = 0.0
+    answer: float = 0.0
+    distillation: float = 1.0
+    iterations: int = 60
+    steps: int = 20  # of Adam an iteration
+    lr: float = 1e-3
+    batch_size: int = 100  # of each domain
+    shift: bool = True  # restricted images are shifted by up to an eighth of their side
+    repair: float = 0.4  # share of the iterations, the last, in which the rate falls to zero and states are candidates
+    tolerance: float = 0.03
+    check_every: int = 5
+    probe_steps: int = 50
+    released: ClassVar[Select] = "last"
+    measures: ClassVar[bool] = True
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "steps", "check_every", "probe_steps")
+        require_rates(self, "lr")
+        require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
+        require(self.close >= 0, f"close must not be negative, but got {self.close}")
+        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
+        for name in weights:
+            require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
+        require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
+        require_tolerance(self)
+
+    def engine(self, given: Given) -> _Engine:
+        """The unprotected model as teacher, Adam, the places in the network."""
+        return _Engine(self, given)
+
+    def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
+        """`leak`: the mean share of units behind the last activation that are open, on test images of both domains."""
+        last = _activations(given)[-1:]
+        parts = {"restricted": restricted, "original": given.original.test}
+        return {f"leak, {n}": _leak(given, d, a) for n, d in parts.items() for a in last}
+
+
+class _Engine(Engine):
+    def __init__(self, spec: Lockout, given: Given) -> None:
+        self.spec, self.given, self.length = spec, given, spec.iterations
+        model = given.model
+        self.head = given.head()
+        self.closed = _activations(given)[max(0, len(_activations(given)) - spec.close) :] if spec.close else []
+        require(
+            len(self.closed) == spec.close or not (spec.hinge or spec.flat),
+            f"close is {spec.close}, but the network runs {len(self.closed)} activation modules that can be closed",
+        )
+        self.depths = depths(model, _examples(given))
+        require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
+        self.thresholds = [closed_at(model, name) for name in self.closed]
+        self.units, self.scales = self._calibrate()
+        self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
+        load_state(self.teacher, model.state_dict())
+        self.adam = torch.optim.Adam(model.parameters(), spec.lr, foreach=True)
+        self.states = {"adam": self.adam}
+        self.normalises = any(isinstance(m, _BatchNorm) for m in model.modules())
+        self.suppression = given.task.suppression(None)
+        same = len(given.original.classes) == given.classes
+        heads: tuple[Initialise, ...] = ("keep", "head") if same else ("head",)
+        self.restricted_metric = Prober(given, spec.probe_steps, initialise=heads if self.head else ("keep",))
+
+    def phase(self, iteration: int) -> Phase:
+        """Until the repair begins intactness is only recorded."""
+        return "candidate" if iteration > self.length - self._repairing() else "free"
+
+    def _repairing(self) -> int:
+        return max(1, round(self.spec.repair * self.length))
+
+    def _rate(self, iteration: int) -> float:
+        into = iteration - 1 - (self.length - self._repairing())
+        return 0.5 * (1 + math.cos(math.pi * into / self._repairing())) if into > 0 else 1.0
+
+    @torch.no_grad()
+    def _calibrate(self) -> tuple[list[Tensor], list[Tensor]]:
+        """On original images, as the unprotected model sees them: the deviation of each channel of what is closed, and
+        the variance between images."""
+        given = self.given
+        chosen = torch.randperm(len(given.original.train), generator=generator(given.seed, "calibration"))
+        images, labels = given.original.train.batch(chosen[:CALIBRATION], given.runtime)
+        with evaluating(given.model), Taps(given.model, self.closed) as taps, given.runtime.autocast():
+            given.task.forward(given.model, images, labels, 0)
+        units = [_by_channel(v).clamp(min=1e-3) for v in taps.values] if self.closed else []
+        return units, [between_images(v).clamp(min=1e-6) for v in taps.values]
+
+    def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
+        """`steps` steps of Adam, each on a batch of each domain."""
+        spec, given, model = self.spec, self.given, self.given.model
+        for group in self.adam.param_groups:
+            group["lr"] = spec.lr * self._rate(iteration)
+        first = (iteration - 1) * spec.steps
+        ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
+        theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
+        seen: dict[str, Tensor] = {}
+
+        def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            outputs = given.task.forward(model, images, labels)
+            kept = given.task.loss(outputs, labels)
+            original = taps.values
+            if spec.distillation:
+                kept = kept + spec.distillation * given.task.imitate(model, self.teacher, images, labels)
+            others, classes = next(theirs)
+            if spec.shift:
+                others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))
+            found = self._restricted(taps, closed, original, others, classes)
+            seen.update({"kept": kept.detach(), **{n: v.detach() for n, v in found.items()}})
+            return kept + strength * torch.stack(list(found.values())).sum()
+
+        with (
+            Taps(model, self.depths) as taps,
+            Taps(model, self.closed) as closed,
+            seeded(given.seed, "lockout", iteration),
+        ):
+            result = fit(model, ours, lambda outputs, _: outputs, self.adam, runtime=given.runtime, forward=forward)
+        values = {n: v.item() for n, v in seen.items()}
+        return {"lockout": math.nan if result.diverged_at else result.loss, **values}
+
+    def _restricted(
+        self, taps: Taps, closed: Taps, original: list[Tensor], images: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The weighted terms on one batch of restricted images, by name."""
+        spec, given, model = self.spec, self.given, self.given.model
+        found: dict[str, Tensor] = {}
+
+        def add(name: str, weight: float, terms: list[Tensor]) -> None:
+            if weight and terms:
+                term = weight * torch.stack(terms).mean()
+                found[name] = found[name] + term if name in found else term
+
+        passes: list[Callable[[nn.Module], AbstractContextManager[object]]]
+        passes = [running_statistics, own_statistics] if self.normalises else [lambda _: nullcontext()]
+        for i, statistics in enumerate(passes):
+            with statistics(model), given.runtime.autocast():
+                outputs = given.task.forward(model, images, labels)
+            share = 1 / len(passes)
+            if i == 0:
+                parts = zip(closed.values, self.thresholds, self.units, strict=True)
+                add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
+                if spec.answer and given.classes <= len(given.original.classes):
+                    add("answer", spec.answer, [self.suppression(outputs, labels)])
+            flat = zip(closed.values, self.scales, strict=True)
+            add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
+            pairs = zip(taps.values, original, strict=True)
+            add("spread", spec.spread * share, [log_spread_ratio(r, o) for r, o in pairs])
+            if spec.fisher:
+                add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
+        return found
+
+
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation takes its running statistics and leaves them, while the rest of the model trains."""
+    layers = [(m, m.training) for m in model.modules() if isinstance(m, _BatchNorm)]
+    for layer, _ in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer, trained in layers:
+            layer.train(trained)
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    """Deviation over images and places of each channel, shaped to be broadcast against `values`: (n, c, …), or of
+    tokens (n, t, c)."""
+    axis = values.ndim - 1 if values.ndim == 3 else 1
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return values.float().std(others, keepdim=True)
+
+
+def _examples(given: Given) -> Tensor:
+    """A few inputs that differ, of the architecture's shape."""
+    example = given.architecture.example(4)
+    return torch.randn(example.shape, generator=generator(0, "examples")).to(given.runtime.device)
+
+
+def _activations(given: Given) -> list[str]:
+    """The activation modules that can be closed, in the order in which they run."""
+    return activations(given.model, given.architecture.example().to(given.runtime.device))
+
+
+@torch.no_grad()
+def _leak(given: Given, data: ImageData, activation: str, batch_size: int = 500) -> float:
+    """Mean share of open units behind `activation` over all of `data`, in evaluation mode."""
+    shares: list[Tensor] = []
+    threshold = closed_at(given.model, activation)
+    with evaluating(given.model), Tap(given.model, activation) as tap, seeded(derive(given.seed, "leak")):
+        for start in range(0, len(data), batch_size):
+            where = torch.arange(start, min(start + batch_size, len(data)))
+            images, labels = data.batch(where, given.runtime)
+            with given.runtime.autocast():
+                given.task.forward(given.model, images, labels, start)
+            shares.append(leak(tap.value, threshold))
+    return torch.cat(shares).mean().item()

@@ -1,0 +1,165 @@
+"""Lockout's terms against values derived by hand; its places in networks of every kind; what it does to a network."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
+from holdfast.defences.base import Given
+from holdfast.defences.lockout import Lockout, running_statistics
+from holdfast.errors import UserError
+from holdfast.features import activations, closed_at, depths
+from holdfast.models import Architecture, state_of
+
+
+def test_what_depends_on_the_image_by_hand() -> None:
+    """Two units over three images: 0, 3, 6 has the variance 6; 5, 5, 5 has none: the mean is 3."""
+    assert between_images(torch.tensor([[0.0, 5.0], [3.0, 5.0], [6.0, 5.0]])).item() == pytest.approx(3.0)
+    spots = torch.tensor([[[1.0, 9.0]], [[1.0, 9.0]]])  # differs over places, not over images
+    assert between_images(spots).item() == 0.0
+    with pytest.raises(UserError, match="shape"):
+        between_images(torch.zeros(3))
+
+
+def test_the_ratio_of_spreads_by_hand_and_under_scaling() -> None:
+    restricted, original = torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [20.0]])
+    assert log_spread_ratio(restricted, original, floor=0.0).item() == pytest.approx(math.log(1 / 100))
+    assert log_spread_ratio(3 * restricted, 3 * original).item() == pytest.approx(
+        log_spread_ratio(restricted, original).item()
+    )
+    still = torch.ones(4, 2)
+    assert log_spread_ratio(still, original.repeat(1, 2), floor=1e-3).item() == pytest.approx(math.log(1e-3))
+    assert math.isfinite(log_spread_ratio(restricted, still[:2, :1]).item())
+
+
+def test_the_hinge_by_hand() -> None:
+    """z = −3, 1 and −1, −1 with margin 2: over by 0, 3 and 1, 1; mean 1.25, largest of each image 3 and 1: 2."""
+    z = torch.tensor([[-3.0, 1.0], [-1.0, -1.0]])
+    assert hinge(z, 0.0, None, 2.0, worst=0.0).item() == pytest.approx(1.25)
+    assert hinge(z, 0.0, None, 2.0, worst=1.0).item() == pytest.approx(3.25)
+    unit = torch.tensor([[2.0, 4.0]])  # −1.5, 0.25; −0.5, −0.25
+    assert hinge(z, 0.0, unit, 2.0, worst=0.0).item() == pytest.approx((0.5 + 2.25 + 1.5 + 1.75) / 4)
+    assert hinge(z - 10, -4.0, None, 2.0).item() == 0.0
+    assert leak(z, 0.0).tolist() == [0.5, 0.0]
+
+
+FIXED = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 3.0]])
+TERMS = {
+    "between": between_images,
+    "ratio, restricted": lambda x: log_spread_ratio(x, FIXED),
+    "ratio, original": lambda x: log_spread_ratio(FIXED, x),
+    "hinge": lambda x: hinge(x, 0.1, None, 0.5, worst=0.7),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_gradients_against_finite_differences(name) -> None:
+    torch.manual_seed(0)
+    term, x, step = TERMS[name], torch.randn(3, 2, requires_grad=True), 1e-2
+    (gradient,) = torch.autograd.grad(term(x), x)
+    for i in range(x.numel()):
+        moved = step * torch.eye(x.numel())[i].view_as(x)
+        difference = (term(x.detach() + moved) - term(x.detach() - moved)) / (2 * step)
+        assert gradient.flatten()[i].item() == pytest.approx(difference.item(), abs=5e-3)
+
+
+NETWORKS = {
+    "plain": (Architecture("small_conv", 8, 1, options={"width": 8, "norm": False}), 4, 4),
+    "normalised": (Architecture("small_conv", 8, 1, options={"width": 8}), 4, 4),
+    "residual": (Architecture("resnet10t", 32, 3), 11, 11),
+    "caformer": (Architecture("caformer_s18", 32, 3), 18, 60),
+    "vit": (
+        Architecture(
+            "vit_tiny_patch16_224", 16, 3, options={"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
+        ),
+        2,
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kind_of_network_has_its_places(name, original, restricted, task, runtime) -> None:
+    """Activations that can be closed, depths at which an attacker may restart; and a step towards collapse is made."""
+    architecture, least_closed, least_depths = NETWORKS[name]
+    model = architecture.build(5)
+    example = architecture.example(4)
+    found = activations(model, example)
+    assert len(found) >= least_closed
+    assert all(closed_at(model, a) <= 0 for a in found)
+    assert len(depths(model, torch.randn(example.shape))) >= least_depths
+
+
+def test_a_layer_that_no_image_reaches_is_no_depth() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.clock, self.last = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x) + self.clock(torch.ones(len(x), 2))))
+
+    assert depths(TwoInputs(), torch.randn(4, 3)) == ["last"]
+
+
+def test_running_statistics_are_taken_and_left(architecture) -> None:
+    model = architecture.build(5).train()
+    before = state_of(model)
+    with running_statistics(model):
+        model(torch.randn(4, 1, 8, 8))
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def locked(clean_state, original, restricted, task, runtime):
+    """A short lockout of the small network, and what it measures before and after."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    spec = Lockout(iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, tolerance=0.1, close=2)
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    half = restricted.halves(0)[0]
+    given = Given(model, original, half, 5, architecture, task, runtime)
+    before = spec.measure(given, restricted.test)
+    history = spec.protect(
+        model, original, half, restricted_classes=5, architecture=architecture, task=task, runtime=runtime
+    )
+    return model, history, before, spec.measure(given, restricted.test)
+
+
+def test_restricted_images_are_shut_out_and_original_ones_are_not(locked) -> None:
+    _, history, before, after = locked
+    assert history.released
+    assert after["leak, restricted"] < 0.5 * before["leak, restricted"]
+    assert after["leak, original"] > 0.5 * before["leak, original"]
+
+
+def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, original, restricted, runtime) -> None:
+    from holdfast.features import Taps
+
+    model, *_ = locked
+    clean = Architecture("small_conv", size=8, channels=1, options={"width": 8}).build(5)
+    clean.load_state_dict(clean_state)
+    images = [d.batch(torch.arange(100), runtime)[0] for d in (restricted.test, original.test)]
+    ratios = []
+    for network in (clean, model):
+        network.eval()
+        values = []
+        for x in images:
+            with torch.no_grad(), Taps(network, depths(network, x[:4])) as taps:
+                network(x)
+            values.append(taps.values)
+        ratios.append([log_spread_ratio(r, o).item() for r, o in zip(*values, strict=True)])
+    assert all(after < before - 0.3 for before, after in zip(*ratios, strict=True))
+
+
+def test_bad_values_are_one_line(original, restricted, architecture, task, runtime) -> None:
+    for field, value in (("hinge", -1.0), ("repair", 0.0), ("close", -1), ("batch_size", 1), ("tolerance", 1.0)):
+        with pytest.raises(UserError, match=field):
+            replace(Lockout(), **{field: value})
+    given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    with pytest.raises(UserError, match="close is 9, but the network runs 4"):
+        Lockout(close=9).check(given)
