@@ -10,9 +10,12 @@ from torch import nn
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
 from holdfast.defences.base import Given
 from holdfast.defences.lockout import Lockout, running_statistics
+from holdfast.defences.sophon import Sophon
 from holdfast.errors import UserError
 from holdfast.features import activations, closed_at, depths
+from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
+from holdfast.recipes import parse_recipe
 
 
 def test_what_depends_on_the_image_by_hand() -> None:
@@ -163,3 +166,45 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match="close is 9, but the network runs 4"):
         Lockout(close=9).check(given)
+
+
+def test_the_second_stage_is_sophons_loop_with_lockouts_loss(original, restricted, task, runtime, clean_state) -> None:
+    """Its adversaries move the model beside lockout's steps; what they simulate counts as simulated."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    second = Sophon(
+        adversaries=1, inner_steps=3, inner_batch_size=(20,), inner_lr=(1e-2,), iterations=3, ntr_loops=2, alpha=1e-2
+    )
+    alone = Lockout(iterations=2, steps=2, check_every=1, probe_steps=2, batch_size=20, tolerance=0.5)
+    half, ends, fields = restricted.halves(0)[0], [], []
+    for spec in (alone, replace(alone, sophon=second), replace(alone, sophon=replace(second, alpha=1e-9))):
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        engine = spec.prepare(Given(model, original, half, 5, architecture, task, runtime))
+        assert engine.length == (2 if spec.sophon is None else 5)
+        for i in range(1, engine.length + 1):
+            losses = engine.iterate(i, 1.0)
+        ends.append(state_of(model)["0.weight"])
+        fields.append(losses.keys())
+    assert "fts" not in fields[0]
+    assert fields[1] == {"fts", *fields[0]}
+    assert not torch.equal(ends[1], ends[2])
+    tuned = FineTuning(optimiser="adam", lr=1e-2, weight_decay=0.0)
+    assert replace(alone, sophon=second).simulates(tuned)
+    assert not alone.simulates(tuned)
+    with pytest.raises(UserError, match="alternating within lockout"):
+        Lockout(sophon=Sophon(update="joint"))
+
+
+def test_a_recipe_nests_sophon(tmp_path) -> None:
+    raw = {
+        "name": "nested",
+        "original": "digits[0-4]",
+        "restricted": "digits[5-9]",
+        "model": {"name": "small_conv", "size": 8, "channels": 1},
+        "defence": {"name": "lockout", "sophon": {"inner_steps": 7}},
+    }
+    assert parse_recipe(raw).defence_object == Lockout(sophon=Sophon(inner_steps=7))
+    changed = parse_recipe(raw, changes=["defence.sophon.inner_steps=9"])
+    assert changed.defence_object.sophon.inner_steps == 9
+    with pytest.raises(UserError, match="inner_stepz"):
+        parse_recipe({**raw, "defence": {"name": "lockout", "sophon": {"inner_stepz": 7}}})

@@ -67,9 +67,9 @@ class Task(Protocol):
         """Training loss, a float32 scalar."""
         ...
 
-    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """How far the model's answers are from the teacher's on the same inputs, a float32 scalar; only the model's
-        have a gradient."""
+    def beside(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns in training, and from the same pass how far the model's answers are from the
+        teacher's, a float32 scalar; only the model's have a gradient."""
         ...
 
     def suppression(self, name: str | None) -> Loss:
@@ -119,11 +119,12 @@ class Classification:
         """Mean cross-entropy, in float32 whatever the logits are."""
         return F.cross_entropy(outputs.float(), targets)
 
-    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """KL(teacher ‖ model)."""
+    def beside(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and KL(teacher ‖ model)."""
         with torch.no_grad():
             answers = teacher(inputs)
-        return losses.distillation(model(inputs), answers)
+        logits: Tensor = model(inputs)
+        return logits, losses.distillation(logits, answers)
 
     def suppression(self, name: str | None) -> Loss:
         """`ice` (Eq. 11; the default), `klu` (Eq. 13) or `ice_logits` (SOPHON's published code)."""

@@ -4,7 +4,7 @@ restart, and the units that read them are closed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,10 +25,11 @@ from holdfast.defences.base import (
     require_rates,
     require_tolerance,
 )
+from holdfast.defences.sophon import Sophon
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.features import Tap, Taps, activations, closed_at, depths
-from holdfast.finetuning import Initialise
+from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
 from holdfast.layers import evaluating
 from holdfast.models import load_state
@@ -57,11 +58,11 @@ class Lockout(Guarded):
     trained; the latter cannot be closed, a normalised channel has both signs, but collapsed.
     """
 
-    close: int = 2  # activations, counted from the last, whose units are closed
+    close: int = 4  # activations, counted from the last, whose units are closed and made alike
     hinge: float = 1.0
     margin: float = 1.0  # in deviations of a channel's pre-activations on original images
     worst: float = 1.0  # of an image's most open unit, beside the mean over all
-    flat: float = 0.0
+    flat: float = 3.0
     spread: float = 0.25
     fisher: float = 0.0
     answer: float = 0.0
@@ -71,7 +72,8 @@ class Lockout(Guarded):
     lr: float = 1e-3
     batch_size: int = 100  # of each domain
     shift: bool = True  # restricted images are shifted by up to an eighth of their side
-    repair: float = 0.4  # share of the iterations, the last, in which the rate falls to zero and states are candidates
+    repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
+    sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.03
     check_every: int = 5
     probe_steps: int = 50
@@ -87,8 +89,26 @@ class Lockout(Guarded):
         weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
+        require(
+            self.sophon is None or self.sophon.update == "alternating",
+            "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
+        )
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
         require_tolerance(self)
+
+    def simulates(self, tuning: FineTuning) -> bool:
+        """What the second stage simulates."""
+        return self.sophon is not None and self.sophon.simulates(tuning)
+
+    def check_head(self, heads: Sequence[str]) -> None:
+        """As SOPHON, where it follows."""
+        if self.sophon is not None:
+            self.sophon.check_head(heads)
+
+    def check_classes(self, original: int, restricted: int) -> None:
+        """As SOPHON, where it follows."""
+        if self.sophon is not None:
+            self.sophon.check_classes(original, restricted)
 
     def engine(self, given: Given) -> _Engine:
         """The unprotected model as teacher, Adam, the places in the network."""
@@ -102,9 +122,16 @@ class Lockout(Guarded):
 
 
 class _Engine(Engine):
+    """Both stages. An iteration whose simulated adversaries all diverged is one without suppression, as in SOPHON."""
+
+    may_fail = ("fts",)
+
     def __init__(self, spec: Lockout, given: Given) -> None:
         self.spec, self.given, self.length = spec, given, spec.iterations
         model = given.model
+        self.simulation = spec.sophon.engine(given) if spec.sophon else None
+        if spec.sophon:
+            self.length += spec.sophon.iterations
         self.head = given.head()
         self.closed = _activations(given)[max(0, len(_activations(given)) - spec.close) :] if spec.close else []
         require(
@@ -118,7 +145,7 @@ class _Engine(Engine):
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
         self.adam = torch.optim.Adam(model.parameters(), spec.lr, foreach=True)
-        self.states = {"adam": self.adam}
+        self.states = {"adam": self.adam, **({"fts": self.simulation.fts} if self.simulation else {})}
         self.normalises = any(isinstance(m, _BatchNorm) for m in model.modules())
         self.suppression = given.task.suppression(None)
         same = len(given.original.classes) == given.classes
@@ -149,21 +176,29 @@ class _Engine(Engine):
         return units, [between_images(v).clamp(min=1e-6) for v in taps.values]
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
-        """`steps` steps of Adam, each on a batch of each domain."""
+        """`steps` steps of Adam; in the second stage one of SOPHON's iterations, with such steps for reinforcement."""
+        spec, simulation, rate = self.spec, self.simulation, self._rate(iteration)
+        if simulation is None or iteration <= spec.iterations:
+            return self._train((iteration - 1) * spec.steps, spec.steps, spec.lr * rate, iteration, strength)
+        sophon, into = simulation.spec, iteration - spec.iterations
+        found = [simulation.suppress(into, loop, strength * rate) for loop in range(sophon.fts_loops)]
+        first = spec.iterations * spec.steps + (into - 1) * sophon.ntr_loops
+        rest = self._train(first, sophon.ntr_loops, sophon.beta * rate, iteration, strength)
+        return {"fts": sum(found) / len(found), **rest}
+
+    def _train(self, first: int, steps: int, lr: float, iteration: int, strength: float) -> dict[str, float]:
+        """Steps `first` … `first + steps − 1` of Adam, each on a batch of each domain."""
         spec, given, model = self.spec, self.given, self.given.model
         for group in self.adam.param_groups:
-            group["lr"] = spec.lr * self._rate(iteration)
-        first = (iteration - 1) * spec.steps
-        ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
-        theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
+            group["lr"] = lr
+        ours = given.batches(given.original.train, spec.batch_size, "original", first, steps)
+        theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, steps)
         seen: dict[str, Tensor] = {}
 
         def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            outputs = given.task.forward(model, images, labels)
-            kept = given.task.loss(outputs, labels)
+            outputs, away = given.task.beside(model, self.teacher, images, labels)
+            kept = given.task.loss(outputs, labels) + spec.distillation * away
             original = taps.values
-            if spec.distillation:
-                kept = kept + spec.distillation * given.task.imitate(model, self.teacher, images, labels)
             others, classes = next(theirs)
             if spec.shift:
                 others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))

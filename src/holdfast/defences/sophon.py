@@ -304,8 +304,8 @@ class _Engine(Engine):
 
 
 def _imitated(task: Task, teacher: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """`Task.imitate`, as a forward pass of the training loop."""
-    return task.imitate(model, teacher, inputs, targets)
+    """The distance of `Task.beside`, as a forward pass of the training loop."""
+    return task.beside(model, teacher, inputs, targets)[1]
 
 
 def _as_it_is(loss: Tensor, _: Tensor) -> Tensor:

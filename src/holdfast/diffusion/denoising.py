@@ -93,17 +93,17 @@ class Denoising:
         noise, steps = self.drawn(model, inputs) if first is None else self.fixed(model, inputs, first)
         return self.compared(model, inputs, noise, steps, model.told(targets), own=first is None)
 
-    def imitate(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """MSE between both networks' predictions for the same noisy images. For the best teacher there is, E[ε | x_t],
-        its gradient is that of the MSE, without the noise of what no network can predict; another's faults are learned
-        with the rest."""
+    def beside(self, model: nn.Module, teacher: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the MSE between both networks' predictions for the same noisy images. For the best teacher
+        there is, E[ε | x_t], its gradient is that of the MSE, without the noise of what no network can predict;
+        another's faults are learned with the rest."""
         model, teacher = _denoiser(model), _denoiser(teacher)
         noise, steps = self.drawn(model, inputs)
-        noisy = model.diffuse(inputs, noise, steps)
-        labels = model.told(targets)
+        noisy, labels = model.diffuse(inputs, noise, steps), model.told(targets)
         with torch.no_grad():
             answers = teacher(noisy, steps, labels).float()
-        return losses.noise_error(torch.stack([model(noisy, steps, labels).float(), answers], 1)).mean()
+        outputs = self.compared(model, inputs, noise, steps, labels, own=True)
+        return outputs, losses.noise_error(torch.stack([outputs[:, 0], answers], 1)).mean()
 
     @staticmethod
     def drawn(model: Denoiser, images: Tensor) -> tuple[Tensor, Tensor]:
