@@ -53,7 +53,7 @@ QUICK_SKD = SKD(
     target=-5.0, tolerance=0.4, iterations=80, lr=1e-2, batch_size=40, head_steps=60, check_every=20, probe_steps=10
 )
 QUICK_LOCKOUT = Lockout(
-    iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, hinge=0.3, spread=0.1, tolerance=0.1
+    iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, close=2, hinge=0.3, flat=0.5, spread=0.1
 )
 QUICK_MAML = ReverseMAML(iterations=6, tasks=1, check_every=3, batch_size=40, probe_steps=10)
 CASES = {

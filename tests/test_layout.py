@@ -36,6 +36,7 @@ ORDER = [
     "models",
     "tasktable",
     "features",
+    "normalisation",
     "pruning",
     "optimisers",
     "training",

@@ -4,8 +4,8 @@ restart, and the units that read them are closed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
 from holdfast.layers import evaluating
 from holdfast.models import load_state
+from holdfast.normalisation import Lent
 from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import fisher_ratio
 from holdfast.training import fit
@@ -53,9 +54,9 @@ class Lockout(Guarded):
             + `answer`·L_α(restricted) ) ,
 
     each Σ a mean over its layers; H is `collapse.hinge`, V `collapse.between_images`, F `separation.fisher_ratio`, L_α
-    the task's suppression loss, s what the guard allows. Restricted images pass with the running statistics of batch
-    normalisation, as they will when the model is used or its layers are frozen, and with their own, as when it is
-    trained; the latter cannot be closed, a normalised channel has both signs, but collapsed.
+    the task's suppression loss, s what the guard allows. Restricted images pass with the batch statistics of the
+    original ones (`normalisation.Lent`), as they will when the model is used or its layers are frozen, and with their
+    own, as when it is trained; the latter cannot be closed, a normalised channel has both signs, but collapsed.
     """
 
     close: int = 4  # activations, counted from the last, whose units are closed and made alike
@@ -63,7 +64,7 @@ class Lockout(Guarded):
     margin: float = 1.0  # in deviations of a channel's pre-activations on original images
     worst: float = 1.0  # of an image's most open unit, beside the mean over all
     flat: float = 3.0
-    spread: float = 0.25
+    spread: float = 1.0
     fisher: float = 0.0
     answer: float = 0.0
     distillation: float = 1.0
@@ -74,7 +75,7 @@ class Lockout(Guarded):
     shift: bool = True  # restricted images are shifted by up to an eighth of their side
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
-    tolerance: float = 0.03
+    tolerance: float = 0.02
     check_every: int = 5
     probe_steps: int = 50
     released: ClassVar[Select] = "last"
@@ -194,15 +195,17 @@ class _Engine(Engine):
         ours = given.batches(given.original.train, spec.batch_size, "original", first, steps)
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, steps)
         seen: dict[str, Tensor] = {}
+        lent = Lent()
 
         def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            outputs, away = given.task.beside(model, self.teacher, images, labels)
+            with lent.lending():
+                outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
             original = taps.values
             others, classes = next(theirs)
             if spec.shift:
                 others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))
-            found = self._restricted(taps, closed, original, others, classes)
+            found = self._restricted(taps, closed, lent, original, others, classes)
             seen.update({"kept": kept.detach(), **{n: v.detach() for n, v in found.items()}})
             return kept + strength * torch.stack(list(found.values())).sum()
 
@@ -216,7 +219,7 @@ class _Engine(Engine):
         return {"lockout": math.nan if result.diverged_at else result.loss, **values}
 
     def _restricted(
-        self, taps: Taps, closed: Taps, original: list[Tensor], images: Tensor, labels: Tensor
+        self, taps: Taps, closed: Taps, lent: Lent, original: list[Tensor], images: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """The weighted terms on one batch of restricted images, by name."""
         spec, given, model = self.spec, self.given, self.given.model
@@ -227,10 +230,10 @@ class _Engine(Engine):
                 term = weight * torch.stack(terms).mean()
                 found[name] = found[name] + term if name in found else term
 
-        passes: list[Callable[[nn.Module], AbstractContextManager[object]]]
-        passes = [running_statistics, own_statistics] if self.normalises else [lambda _: nullcontext()]
+        passes: list[AbstractContextManager[object]] = [lent.borrowing()]
+        passes += [own_statistics(model)] if self.normalises else []
         for i, statistics in enumerate(passes):
-            with statistics(model), given.runtime.autocast():
+            with statistics, given.runtime.autocast():
                 outputs = given.task.forward(model, images, labels)
             share = 1 / len(passes)
             if i == 0:
@@ -245,19 +248,6 @@ class _Engine(Engine):
             if spec.fisher:
                 add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
         return found
-
-
-@contextmanager
-def running_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation takes its running statistics and leaves them, while the rest of the model trains."""
-    layers = [(m, m.training) for m in model.modules() if isinstance(m, _BatchNorm)]
-    for layer, _ in layers:
-        layer.eval()
-    try:
-        yield
-    finally:
-        for layer, trained in layers:
-            layer.train(trained)
 
 
 def _by_channel(values: Tensor) -> Tensor:

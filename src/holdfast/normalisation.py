@@ -1,0 +1,86 @@
+"""Batch normalisation of one batch by the statistics of another, with the gradient through both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Statistics = tuple[Tensor, Tensor]
+
+
+class Lent:
+    """The statistics that a batch lends to another one.
+
+    Within `lending()` a network in training normalises as ever, and what it finds is kept; within `borrowing()` the
+    same network, on another batch, is normalised by that, and its running statistics stay. So the second batch is seen
+    as in evaluation, up to what the running statistics lag behind, but the gradient knows that they will follow: with
+    constants in their place it shifts both batches together, without end and to no purpose.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Statistics] = []
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """Keep the statistics, call by call."""
+        self.found.clear()
+        with _Watching(self.found):
+            yield
+
+    @contextmanager
+    def borrowing(self) -> Iterator[None]:
+        """Take them, in the same order; `ValueError` where the network normalises more often than it lent."""
+        with _Borrowing(list(self.found)):
+            yield
+
+
+class _OnBatchNorm(TorchFunctionMode):
+    """Stands before every `F.batch_norm` in training."""
+
+    BATCH_NORM = signature(F.batch_norm)
+
+    def __init__(self, statistics: list[Statistics]) -> None:
+        super().__init__()
+        self.statistics = statistics
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`F.batch_norm` in training is `normalise`; everything else is itself."""
+        if func is F.batch_norm:
+            bound = self.BATCH_NORM.bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            if bound.arguments["training"]:
+                return self.normalise(bound.arguments)
+        return func(*args, **(kwargs or {}))
+
+    def normalise(self, given: dict[str, Any]) -> Tensor:
+        """The layer's outputs; `given` are the arguments of `F.batch_norm`."""
+        raise NotImplementedError
+
+
+class _Watching(_OnBatchNorm):
+    def normalise(self, given: dict[str, Any]) -> Tensor:
+        values = given["input"].float()
+        self.statistics.append(torch.var_mean(values, [0, *range(2, values.ndim)], correction=0))
+        return F.batch_norm(**given)
+
+
+class _Borrowing(_OnBatchNorm):
+    def normalise(self, given: dict[str, Any]) -> Tensor:
+        if not self.statistics:
+            raise ValueError("the network normalises more often than it lent statistics")
+        variance, mean = self.statistics.pop(0)
+        values: Tensor = given["input"]
+        shape = [1, -1, *[1] * (values.ndim - 2)]
+        scale = (variance + given["eps"]).rsqrt()
+        if given["weight"] is not None:
+            scale = scale * given["weight"]
+        shift = -mean * scale if given["bias"] is None else given["bias"] - mean * scale
+        found: Tensor = values.float() * scale.view(shape) + shift.view(shape)
+        return found.to(values.dtype)
