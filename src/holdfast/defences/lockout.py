@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -231,9 +231,9 @@ class _Engine(Engine):
                 found[name] = found[name] + term if name in found else term
 
         passes: list[AbstractContextManager[object]] = [lent.borrowing()]
-        passes += [own_statistics(model)] if self.normalises else []
+        passes += [nullcontext()] if self.normalises else []
         for i, statistics in enumerate(passes):
-            with statistics, given.runtime.autocast():
+            with own_statistics(model), statistics, given.runtime.autocast():
                 outputs = given.task.forward(model, images, labels)
             share = 1 / len(passes)
             if i == 0:
