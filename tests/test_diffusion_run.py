@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,10 +246,24 @@ class TestDefences:
         inputs = Inputs(parse_recipe(RECIPE))
         return inputs.given(inputs.architecture.build(5, seed=2))
 
-    @pytest.mark.parametrize("name", [n for n in DEFENCES if n not in ("sophon", "identity")])
+    @pytest.mark.parametrize("name", [n for n in DEFENCES if n not in ("sophon", "lockout", "identity")])
     def test_those_that_need_labels_refuse_in_one_line(self, name) -> None:
-        with pytest.raises(UserError, match="needs labels; for the task denoising there are sophon, and ntp"):
+        with pytest.raises(UserError, match="needs labels; for the task denoising there are sophon, lockout, and ntp"):
             DEFENCES[name]().check(self.given())
+
+    def test_lockout_wants_one_answer_to_all_restricted_images(self) -> None:
+        """Every depth but what knows the timestep alone; DoS beside the collapse; with Fisher's ratio it needs labels."""
+        given, lockout = self.given(), DEFENCES["lockout"]
+        spec = lockout(close=2, iterations=2, steps=2, batch_size=8, check_every=1, answer=1.0, probe_steps=2)
+        engine = spec.prepare(given)
+        assert not any("time_emb" in name for name in engine.depths)
+        assert len(engine.depths) > 30
+        losses = engine.iterate(1, 1.0)
+        assert all(map(math.isfinite, losses.values()))
+        assert losses["answer"] > 0
+        assert spec.measure(given, given.restricted).keys() == {"leak, restricted", "leak, original"}
+        with pytest.raises(UserError, match="needs labels"):
+            lockout(fisher=1.0).check(given)
 
     def test_sophon_says_that_there_is_no_head(self) -> None:
         with pytest.raises(UserError, match=r"set defence.inner_initialise to \[keep\]"):

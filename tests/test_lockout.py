@@ -210,6 +210,8 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
     for field, value in (("hinge", -1.0), ("repair", 0.0), ("close", -1), ("batch_size", 1), ("tolerance", 1.0)):
         with pytest.raises(UserError, match=field):
             replace(Lockout(), **{field: value})
+    with pytest.raises(UserError, match="must be above 0, but all are 0"):
+        Lockout(hinge=0.0, flat=0.0, spread=0.0)
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match="close is 9, but the network runs 4"):
         Lockout(close=9).check(given)

@@ -220,8 +220,8 @@ class Guarded:
         )
         require(
             self.suits(given.task),
-            f"{type(self).__name__} as it is set needs labels; for the task {given.task.name} there are sophon, and "
-            "ntp with regulariser mmd or none",
+            f"{type(self).__name__} as it is set needs labels; for the task {given.task.name} there are sophon, "
+            "lockout, and ntp with regulariser mmd or none",
         )
         require(
             current().count == 1 or not given.runtime.checkpointing or not _normalises_batches(given.model),

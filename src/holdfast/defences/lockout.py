@@ -36,6 +36,7 @@ from holdfast.models import load_state
 from holdfast.normalisation import Lent
 from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import fisher_ratio
+from holdfast.tasks import Task
 from holdfast.training import fit
 
 CALIBRATION = 500  # original images on which the scale of every channel is measured
@@ -90,6 +91,10 @@ class Lockout(Guarded):
         weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
+        terms = ("hinge", "flat", "spread", "fisher", "answer")
+        require(
+            any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
+        )
         require(
             self.sophon is None or self.sophon.update == "alternating",
             "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
@@ -100,6 +105,10 @@ class Lockout(Guarded):
     def simulates(self, tuning: FineTuning) -> bool:
         """What the second stage simulates."""
         return self.sophon is not None and self.sophon.simulates(tuning)
+
+    def suits(self, task: Task) -> bool:
+        """Only Fisher's ratio needs labels."""
+        return task.labelled or not self.fisher
 
     def check_head(self, heads: Sequence[str]) -> None:
         """As SOPHON, where it follows."""
