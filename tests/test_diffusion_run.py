@@ -252,7 +252,7 @@ class TestDefences:
             DEFENCES[name]().check(self.given())
 
     def test_lockout_wants_one_answer_to_all_restricted_images(self) -> None:
-        """Every depth but what knows the timestep alone; DoS beside the collapse; with Fisher's ratio it needs labels."""
+        """Every depth but what knows the timestep alone; DoS beside the collapse; Fisher's ratio alone needs labels."""
         given, lockout = self.given(), DEFENCES["lockout"]
         spec = lockout(close=2, iterations=2, steps=2, batch_size=8, check_every=1, answer=1.0, probe_steps=2)
         engine = spec.prepare(given)
