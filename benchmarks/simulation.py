@@ -85,7 +85,7 @@ class Bench:
     def passes(self, k: int) -> None:
         """K forward–backward–steps and K forward–backwards, and nothing else but making the batches."""
         model = self.simulator.learner.train()
-        optimiser = torch.optim.Adam(model.parameters(), LR, fused=True)
+        optimiser = torch.optim.Adam(model.parameters(), LR, foreach=True)
         for i in range(k):
             for size, step in ((self.batch, True), (self.held_size, False)):
                 where = torch.arange(i * 7, i * 7 + size) % len(self.data)

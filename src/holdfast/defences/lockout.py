@@ -154,7 +154,7 @@ class _Engine(Engine):
         self.units, self.scales = self._calibrate()
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
-        self.adam = torch.optim.Adam(model.parameters(), spec.lr, fused=True)
+        self.adam = torch.optim.Adam(model.parameters(), spec.lr, foreach=True)
         self.states = {"adam": self.adam, **({"fts": self.simulation.fts} if self.simulation else {})}
         self.normalises = any(isinstance(m, _BatchNorm) for m in model.modules())
         self.suppression = given.task.suppression(None)

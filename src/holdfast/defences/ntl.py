@@ -103,7 +103,7 @@ class _Engine(Engine):
         self.spec, self.given = spec, given
         self.leaving = [(d, k) for d in spec.distances for k in range(spec.directions)]
         self.first = 0  # iterations before NTL's own
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, fused=True)
+        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
         if spec.auxiliary == "generated":

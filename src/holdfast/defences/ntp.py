@@ -117,7 +117,7 @@ class _Engine(Engine):
         self.head = given.head()
         self.names = prunable(given.model, tuple(self.head))
         require(bool(self.names), "ntp prunes linear layers and convolutions before the head, but there are none")
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay, fused=True)
+        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay, foreach=True)
         self.admm, self.mask = ADMM(self.weights(), spec.rho), Mask()
         self.states = {"adam": self.adam, "admm": self.admm, "mask": self.mask}
         self.restricted_metric = Prober(given, spec.probe_steps, initialise=("head",) if self.head else ("keep",))

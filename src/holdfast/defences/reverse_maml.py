@@ -201,7 +201,7 @@ class Episodes:
 class _Engine(Engine):
     def __init__(self, spec: ReverseMAML, given: Given) -> None:
         self.spec, self.given, self.length = spec, given, spec.iterations
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, fused=True)
+        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
         self.episodes = {

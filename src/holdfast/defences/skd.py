@@ -118,7 +118,7 @@ class _Engine(Engine):
         self.bias = _bias(given.model, before) if spec.zero_bias else None
         head = tuple(f"{h}." for h in given.head())
         trained = [p for n, p in given.model.named_parameters() if not n.startswith(head) and n != self.bias]
-        self.adam = torch.optim.Adam(trained, spec.lr, fused=True)
+        self.adam = torch.optim.Adam(trained, spec.lr, foreach=True)
         self.begun = Flag()
         self.states = {"adam": self.adam, "begun": self.begun}
         self.restricted_metric = Prober(given, spec.probe_steps)

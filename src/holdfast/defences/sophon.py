@@ -183,8 +183,8 @@ class _Engine(Engine):
         self.length = spec.iterations
         self.repairing = round(spec.repair * spec.iterations)
         parameters = list(given.model.parameters())
-        self.fts = torch.optim.Adam(parameters, spec.alpha, fused=True)
-        self.ntr = torch.optim.Adam(parameters, spec.beta, fused=True)
+        self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
+        self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)
         self.states = {"fts": self.fts, "ntr": self.ntr}
         self.pushes: list[Tensor] = []  # joint: the suppression gradient that reinforcement takes along
         if spec.update == "joint":

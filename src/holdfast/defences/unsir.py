@@ -97,7 +97,7 @@ class _Engine(Engine):
         some = given.restricted.subset(torch.arange(min(256, len(given.restricted))))
         self.forgotten = replace(some, labels=some.labels + self.kept)  # as the joint head counts
         self.adams = {
-            name: torch.optim.Adam(model.parameters(), lr, fused=True)
+            name: torch.optim.Adam(model.parameters(), lr, foreach=True)
             for name, model, lr in (
                 ("learn", self.joint, spec.learn_lr),
                 ("noise", self.noise, spec.noise_lr),
