@@ -217,11 +217,12 @@ class Run:
             taken += adopt_cells(self.controls, good, files, cells, where) if self.controls else 0
             if taken:
                 self.reporter.say(f"audit: {taken} results of clean and scratch taken over from {self.controls}")
-            shown = next((a for a in attacks if a.name == PAPER_DEFAULT), attacks[0])
             exhibits = self.out / "exhibits"
-            cells = marked(cells, shown) if given.task.generates else cells
+            named = [a for a in attacks if a.name == PAPER_DEFAULT]
+            shown = (named or attacks)[0] if given.task.generates else None
+            cells = marked(cells, shown) if shown else cells
             run_audit(cells, bench, file, *workers, kept=partial(keep_end, exhibits))
-            if given.task.generates:
+            if shown:
                 show = Show(bench, given.original if given.with_original else None, given.decode)
                 make_exhibits(show, shown, exhibits, *workers)
         self._note_memory()
