@@ -11,8 +11,9 @@ from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
 from holdfast.defences.base import Given
 from holdfast.defences.lockout import Lockout
 from holdfast.defences.sophon import Sophon
+from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
-from holdfast.features import activations, closed_at, depths
+from holdfast.features import Taps, activations, depths
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
 from holdfast.normalisation import Lent
@@ -86,15 +87,26 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_kind_of_network_has_its_places(name, original, restricted, task, runtime) -> None:
-    """Activations that can be closed, depths at which an attacker may restart; and a step towards collapse is made."""
+def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runtime) -> None:
+    """Activations that can be closed, depths at which an attacker may restart; the calibrated scale is a channel's."""
     architecture, least_closed, least_depths = NETWORKS[name]
+    domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
     model = architecture.build(5)
-    example = architecture.example(4)
-    found = activations(model, example)
-    assert len(found) >= least_closed
-    assert all(closed_at(model, a) <= 0 for a in found)
-    assert len(depths(model, torch.randn(example.shape))) >= least_depths
+    spec = Lockout(close=2, iterations=2, steps=1, batch_size=4, check_every=1, probe_steps=1)
+    engine = spec.prepare(Given(model, domain, domain.train, 5, architecture, task, runtime))
+    assert len(activations(model, architecture.example())) >= least_closed
+    assert all(threshold <= 0 for threshold in engine.thresholds)
+    assert len(engine.depths) >= least_depths
+    with torch.no_grad(), Taps(model, engine.closed) as taps:
+        model(architecture.example(2))
+    for unit, values in zip(engine.units, taps.values, strict=True):
+        channels = values.shape[2] if values.ndim == 3 else values.shape[1]
+        assert unit.numel() == channels == unit.shape[values.ndim - 1 if values.ndim == 3 else 1]
+    before = state_of(model)
+    losses = engine.iterate(1, 1.0)
+    assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread"}
+    assert all(map(math.isfinite, losses.values()))
+    assert any(not torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
 def test_a_layer_that_no_image_reaches_is_no_depth() -> None:
@@ -186,8 +198,6 @@ def test_restricted_images_are_shut_out_and_original_ones_are_not(locked) -> Non
 
 
 def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, original, restricted, runtime) -> None:
-    from holdfast.features import Taps
-
     model, *_ = locked
     clean = Architecture("small_conv", size=8, channels=1, options={"width": 8}).build(5)
     clean.load_state_dict(clean_state)
@@ -212,6 +222,10 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
             replace(Lockout(), **{field: value})
     with pytest.raises(UserError, match="must be above 0, but all are 0"):
         Lockout(hinge=0.0, flat=0.0, spread=0.0)
+    with pytest.raises(UserError, match="must be above 0, but all are 0"):
+        Lockout(close=0, spread=0.0)
+    with pytest.raises(UserError, match="needs a head for the restricted classes too"):
+        Lockout(answer=1.0).check_classes(5, 6)
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match="close is 9, but the network runs 4"):
         Lockout(close=9).check(given)

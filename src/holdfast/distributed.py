@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import UserError, one_line
+from holdfast.normalisation import OnBatchNorm
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait while the first audits; who dies is noticed at once all the same
@@ -100,7 +98,7 @@ class Group:
 
     def statistics(self) -> AbstractContextManager[Any]:
         """Within it, batch normalisation in training takes the statistics of all processes' samples together."""
-        return nullcontext() if self.count == 1 else _Together()
+        return nullcontext() if self.count == 1 else OnBatchNorm(_together)
 
 
 ALONE = Group()
@@ -162,20 +160,10 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradients[0])
 
 
-class _Together(TorchFunctionMode):
-    """Batch normalisation over the samples of all processes, wherever a network calls it: torch's own synchronised
-    layer works on GPUs only, and would have to be put into the network."""
-
-    BATCH_NORM = signature(F.batch_norm)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`F.batch_norm` in training is `batch_norm`; everything else is itself."""
-        if func is F.batch_norm:
-            bound = self.BATCH_NORM.bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            if bound.arguments.pop("training"):
-                return batch_norm(**bound.arguments)
-        return func(*args, **(kwargs or {}))
+def _together(given: dict[str, Any]) -> Tensor:
+    """Batch normalisation over the samples of all processes: torch's own synchronised layer works on GPUs only, and
+    would have to be put into the network."""
+    return batch_norm(**{n: v for n, v in given.items() if n != "training"})
 
 
 def batch_norm(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import UserError
-from holdfast.layers import WEIGHT_LAYERS, evaluating, executed_layers
+from holdfast.layers import WEIGHT_LAYERS, evaluating, executed_layers, run_order
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 
@@ -76,24 +76,10 @@ CLOSED: Mapping[str, float] = MappingProxyType(
 
 def activations(model: nn.Module, example: Tensor) -> list[str]:
     """Names of the activation modules of `CLOSED`'s kinds in the order in which they (last) run on `example`."""
-    order: list[str] = []
-
-    def note(name: str) -> None:
-        if name in order:
-            order.remove(name)
-        order.append(name)
-
-    kinds = {n: m for n, m in model.named_modules() if type(m).__name__ in CLOSED}
+    kinds = [n for n, m in model.named_modules() if type(m).__name__ in CLOSED]
     # StarReLU has a ReLU inside: the outer one is what can be closed.
-    found = [(n, m) for n, m in kinds.items() if not any(n.startswith(f"{other}.") for other in kinds if other)]
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: note(name)) for n, m in found]
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return order
+    outer = [n for n in kinds if not any(n.startswith(f"{other}.") for other in kinds if other)]
+    return run_order(model, outer, example)
 
 
 def depths(model: nn.Module, examples: Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,8 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the modules that own parameters themselves and ran on `example`, in the order of their (last) run.
+def run_order(model: nn.Module, names: Collection[str], example: Tensor) -> list[str]:
+    """Those of the modules that ran on `example`, in the order of their (last) run.
 
     The model is run once in evaluation mode, without gradients; its buffers and mode are as before.
     """
@@ -38,8 +38,7 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
             order.remove(name)
         order.append(name)
 
-    owners = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_hook(lambda *_, name=n: note(name)) for n, m in owners]
+    hooks = [model.get_submodule(n).register_forward_hook(lambda *_, name=n: note(name)) for n in names]
     try:
         with torch.no_grad(), evaluating(model):
             model(example)
@@ -52,6 +51,12 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
         for hook in hooks:
             hook.remove()
     return order
+
+
+def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
+    """Names of the modules that own parameters themselves and ran on `example`; see `run_order`."""
+    owners = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+    return run_order(model, owners, example)
 
 
 def find_head(model: nn.Module, classes: int, example: Tensor) -> list[str]:

@@ -1,8 +1,8 @@
-"""Batch normalisation of one batch by the statistics of another, with the gradient through both."""
+"""Batch normalisation wherever a network calls it, done otherwise: by the statistics of another batch, for one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -12,7 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Statistics = tuple[Tensor, Tensor]
+BATCH_NORM = signature(F.batch_norm)
+
+
+class OnBatchNorm(TorchFunctionMode):
+    """Within it `normalise(arguments)` stands in for every `F.batch_norm` in training; `arguments` are that function's,
+    by name, with its defaults."""
+
+    def __init__(self, normalise: Callable[[dict[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self.normalise = normalise
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`F.batch_norm` in training is `normalise`; everything else is itself."""
+        if func is F.batch_norm:
+            bound = BATCH_NORM.bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            if bound.arguments["training"]:
+                return self.normalise(bound.arguments)
+        return func(*args, **(kwargs or {}))
 
 
 class Lent:
@@ -25,62 +43,42 @@ class Lent:
     """
 
     def __init__(self) -> None:
-        self.found: list[Statistics] = []
+        self.found: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
     def lending(self) -> Iterator[None]:
         """Keep the statistics, call by call."""
         self.found.clear()
-        with _Watching(self.found):
+
+        def keep(given: dict[str, Any]) -> Tensor:
+            values = given["input"].float()
+            self.found.append(torch.var_mean(values, [0, *range(2, values.ndim)], correction=0))
+            return F.batch_norm(**given)
+
+        with OnBatchNorm(keep):
             yield
 
     @contextmanager
     def borrowing(self) -> Iterator[None]:
         """Take them, in the same order; `ValueError` where the network normalises more often than it lent."""
-        with _Borrowing(list(self.found)):
+        left = iter(self.found)
+
+        def take(given: dict[str, Any]) -> Tensor:
+            statistics = next(left, None)
+            if statistics is None:
+                raise ValueError("the network normalises more often than it lent statistics")
+            return _normalised(*statistics, given)
+
+        with OnBatchNorm(take):
             yield
 
 
-class _OnBatchNorm(TorchFunctionMode):
-    """Stands before every `F.batch_norm` in training."""
-
-    BATCH_NORM = signature(F.batch_norm)
-
-    def __init__(self, statistics: list[Statistics]) -> None:
-        super().__init__()
-        self.statistics = statistics
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`F.batch_norm` in training is `normalise`; everything else is itself."""
-        if func is F.batch_norm:
-            bound = self.BATCH_NORM.bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            if bound.arguments["training"]:
-                return self.normalise(bound.arguments)
-        return func(*args, **(kwargs or {}))
-
-    def normalise(self, given: dict[str, Any]) -> Tensor:
-        """The layer's outputs; `given` are the arguments of `F.batch_norm`."""
-        raise NotImplementedError
-
-
-class _Watching(_OnBatchNorm):
-    def normalise(self, given: dict[str, Any]) -> Tensor:
-        values = given["input"].float()
-        self.statistics.append(torch.var_mean(values, [0, *range(2, values.ndim)], correction=0))
-        return F.batch_norm(**given)
-
-
-class _Borrowing(_OnBatchNorm):
-    def normalise(self, given: dict[str, Any]) -> Tensor:
-        if not self.statistics:
-            raise ValueError("the network normalises more often than it lent statistics")
-        variance, mean = self.statistics.pop(0)
-        values: Tensor = given["input"]
-        shape = [1, -1, *[1] * (values.ndim - 2)]
-        scale = (variance + given["eps"]).rsqrt()
-        if given["weight"] is not None:
-            scale = scale * given["weight"]
-        shift = -mean * scale if given["bias"] is None else given["bias"] - mean * scale
-        found: Tensor = values.float() * scale.view(shape) + shift.view(shape)
-        return found.to(values.dtype)
+def _normalised(variance: Tensor, mean: Tensor, given: dict[str, Any]) -> Tensor:
+    values: Tensor = given["input"]
+    shape = [1, -1, *[1] * (values.ndim - 2)]
+    scale = (variance + given["eps"]).rsqrt()
+    if given["weight"] is not None:
+        scale = scale * given["weight"]
+    shift = -mean * scale if given["bias"] is None else given["bias"] - mean * scale
+    found: Tensor = values.float() * scale.view(shape) + shift.view(shape)
+    return found.to(values.dtype)

@@ -79,7 +79,7 @@ class Bar:
             self.note, self.unread = note, None
         now = time.monotonic()
         if self.live is not None:
-            if self.unread is None or now - self.printed >= REFRESH:
+            if now - self.printed >= REFRESH:
                 self._read()
                 self.printed = now
             self.live.update(self.task, completed=done, note=self.note)

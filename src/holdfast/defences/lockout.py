@@ -91,7 +91,7 @@ class Lockout(Guarded):
         weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        terms = ("hinge", "flat", "spread", "fisher", "answer")
+        terms = ("spread", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
         require(
             any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
         )
@@ -116,7 +116,12 @@ class Lockout(Guarded):
             self.sophon.check_head(heads)
 
     def check_classes(self, original: int, restricted: int) -> None:
-        """As SOPHON, where it follows."""
+        """As SOPHON, where it follows; with `answer` one head serves both domains."""
+        require(
+            not self.answer or restricted <= original,
+            f"head and classes do not agree: lockout with answer > 0 needs a head for the restricted classes too, but "
+            f"there are {restricted} of them and {original} original ones",
+        )
         if self.sophon is not None:
             self.sophon.check_classes(original, restricted)
 
@@ -143,7 +148,7 @@ class _Engine(Engine):
         if spec.sophon:
             self.length += spec.sophon.iterations
         self.head = given.head()
-        self.closed = _activations(given)[max(0, len(_activations(given)) - spec.close) :] if spec.close else []
+        self.closed = _activations(given)[-spec.close :] if spec.close else []
         require(
             len(self.closed) == spec.close or not (spec.hinge or spec.flat),
             f"close is {spec.close}, but the network runs {len(self.closed)} activation modules that can be closed",
@@ -160,7 +165,10 @@ class _Engine(Engine):
         self.suppression = given.task.suppression(None)
         same = len(given.original.classes) == given.classes
         heads: tuple[Initialise, ...] = ("keep", "head") if same else ("head",)
-        self.restricted_metric = Prober(given, spec.probe_steps, initialise=heads if self.head else ("keep",))
+        learner = self.simulation.simulator.learner if self.simulation else None  # SOPHON's is free while it is probed
+        self.restricted_metric = Prober(
+            given, spec.probe_steps, initialise=heads if self.head else ("keep",), learner=learner
+        )
 
     def phase(self, iteration: int) -> Phase:
         """Until the repair begins intactness is only recorded."""
@@ -248,7 +256,7 @@ class _Engine(Engine):
             if i == 0:
                 parts = zip(closed.values, self.thresholds, self.units, strict=True)
                 add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
-                if spec.answer and given.classes <= len(given.original.classes):
+                if spec.answer:
                     add("answer", spec.answer, [self.suppression(outputs, labels)])
             flat = zip(closed.values, self.scales, strict=True)
             add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
