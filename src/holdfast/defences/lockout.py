@@ -34,6 +34,7 @@ from holdfast.guard import Phase, Select
 from holdfast.layers import evaluating
 from holdfast.models import load_state
 from holdfast.normalisation import Lent
+from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import fisher_ratio
 from holdfast.tasks import Task
@@ -159,7 +160,7 @@ class _Engine(Engine):
         self.units, self.scales = self._calibrate()
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
-        self.adam = torch.optim.Adam(model.parameters(), spec.lr, foreach=True)
+        self.adam = adam(model.parameters(), spec.lr)
         self.states = {"adam": self.adam, **({"fts": self.simulation.fts} if self.simulation else {})}
         self.normalises = any(isinstance(m, _BatchNorm) for m in model.modules())
         self.suppression = given.task.suppression(None)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from holdfast.defences.base import (
@@ -24,6 +23,7 @@ from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.guard import Phase
 from holdfast.neighbourhood import Making
+from holdfast.optimisers import adam
 from holdfast.seeding import seeded
 from holdfast.separation import mmd
 from holdfast.training import fit
@@ -103,7 +103,7 @@ class _Engine(Engine):
         self.spec, self.given = spec, given
         self.leaving = [(d, k) for d in spec.distances for k in range(spec.directions)]
         self.first = 0  # iterations before NTL's own
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
+        self.adam = adam(given.model.parameters(), spec.lr)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
         if spec.auxiliary == "generated":

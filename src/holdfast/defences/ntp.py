@@ -22,6 +22,7 @@ from holdfast.defences.base import (
 )
 from holdfast.errors import require
 from holdfast.guard import Phase
+from holdfast.optimisers import adam
 from holdfast.pruning import ADMM, BUDGETS, Mask, keep_largest, prunable, soft_threshold, sparsity
 from holdfast.seeding import seeded
 from holdfast.separation import fisher_ratio, mmd
@@ -117,7 +118,7 @@ class _Engine(Engine):
         self.head = given.head()
         self.names = prunable(given.model, tuple(self.head))
         require(bool(self.names), "ntp prunes linear layers and convolutions before the head, but there are none")
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay, foreach=True)
+        self.adam = adam(given.model.parameters(), spec.lr, weight_decay=spec.weight_decay)
         self.admm, self.mask = ADMM(self.weights(), spec.rho), Mask()
         self.states = {"adam": self.adam, "admm": self.admm, "mask": self.mask}
         self.restricted_metric = Prober(given, spec.probe_steps, initialise=("head",) if self.head else ("keep",))

@@ -16,6 +16,7 @@ from holdfast.defences.base import Engine, Given, Guarded, Prober, require_posit
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.layers import initialise_head
+from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import Accumulator
 from holdfast.training import Batch
@@ -201,7 +202,7 @@ class Episodes:
 class _Engine(Engine):
     def __init__(self, spec: ReverseMAML, given: Given) -> None:
         self.spec, self.given, self.length = spec, given, spec.iterations
-        self.adam = torch.optim.Adam(given.model.parameters(), spec.lr, foreach=True)
+        self.adam = adam(given.model.parameters(), spec.lr)
         self.states = {"adam": self.adam}
         self.restricted_metric = Prober(given, spec.probe_steps)
         self.episodes = {

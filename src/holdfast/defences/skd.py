@@ -28,6 +28,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.guard import Phase
 from holdfast.layers import WEIGHT_LAYERS, evaluating
 from holdfast.models import load_state
+from holdfast.optimisers import adam
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
 from holdfast.training import fit
@@ -118,7 +119,7 @@ class _Engine(Engine):
         self.bias = _bias(given.model, before) if spec.zero_bias else None
         head = tuple(f"{h}." for h in given.head())
         trained = [p for n, p in given.model.named_parameters() if not n.startswith(head) and n != self.bias]
-        self.adam = torch.optim.Adam(trained, spec.lr, foreach=True)
+        self.adam = adam(trained, spec.lr)
         self.begun = Flag()
         self.states = {"adam": self.adam, "begun": self.begun}
         self.restricted_metric = Prober(given, spec.probe_steps)

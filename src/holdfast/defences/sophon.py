@@ -16,7 +16,7 @@ from holdfast.errors import require, unknown
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
 from holdfast.models import load_state
-from holdfast.optimisers import OPTIMISERS
+from holdfast.optimisers import OPTIMISERS, adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights, thinned
 from holdfast.tasks import Loss, Task
@@ -183,8 +183,8 @@ class _Engine(Engine):
         self.length = spec.iterations
         self.repairing = round(spec.repair * spec.iterations)
         parameters = list(given.model.parameters())
-        self.fts = torch.optim.Adam(parameters, spec.alpha, foreach=True)
-        self.ntr = torch.optim.Adam(parameters, spec.beta, foreach=True)
+        self.fts = adam(parameters, spec.alpha)
+        self.ntr = adam(parameters, spec.beta)
         self.states = {"fts": self.fts, "ntr": self.ntr}
         self.pushes: list[Tensor] = []  # joint: the suppression gradient that reinforcement takes along
         if spec.update == "joint":
@@ -282,7 +282,9 @@ class _Engine(Engine):
         if not self.pushes:  # every adversary diverged
             return
         for parameter, push in zip(self.model.parameters(), self.pushes, strict=True):
-            parameter.grad = push.clone() if parameter.grad is None else parameter.grad + push
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # in the parameter's memory format, as Adam wants it
+            parameter.grad.add_(push)
 
     def reinforce(self, iteration: int) -> float:
         """ℓ_NTR steps of Adam on original training data (Eq. 6 and 7), or on the unprotected model's answers to it;

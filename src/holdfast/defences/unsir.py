@@ -15,6 +15,7 @@ from holdfast.domains import sample
 from holdfast.errors import require
 from holdfast.guard import Phase
 from holdfast.models import load_state
+from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
 from holdfast.training import evaluate, fit
@@ -97,7 +98,7 @@ class _Engine(Engine):
         some = given.restricted.subset(torch.arange(min(256, len(given.restricted))))
         self.forgotten = replace(some, labels=some.labels + self.kept)  # as the joint head counts
         self.adams = {
-            name: torch.optim.Adam(model.parameters(), lr, foreach=True)
+            name: adam(model.parameters(), lr)
             for name, model, lr in (
                 ("learn", self.joint, spec.learn_lr),
                 ("noise", self.noise, spec.noise_lr),
