@@ -13,7 +13,7 @@ from holdfast.attacks.chains import links
 from holdfast.attacks.edits import EDITS, make_edit
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Means, Released
-from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
+from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations, Standardise
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases, rectified_layers
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError
@@ -297,6 +297,47 @@ class TestPreparation:
 
 def _arch() -> Architecture:
     return Architecture("small_conv", size=8, channels=1, options={"width": 8})
+
+
+class TestStandardised:
+    @pytest.mark.parametrize("network", ["small_conv", "resnet18", "vit_tiny_patch16_224"])
+    def test_what_every_layer_but_the_first_reads_has_mean_0_and_variance_1(
+        self, network: str, runtime: Runtime, colour: Means
+    ) -> None:
+        options = {"img_size": 32, "patch_size": 8} if network.startswith("vit") else {}
+        given = released(Architecture(network, size=32, channels=3, options=options))
+        edit = Standardise()
+        assert edit.obstacle(given) is None
+        after = edit.apply(given, colour)
+        assert {n: tuple(v.shape) for n, v in after.state.items() if "standard" not in n} == {
+            n: tuple(v.shape) for n, v in given.state.items()
+        }
+        model = after.build(runtime).train()  # of the batch
+        layers = [n.removesuffix(".standard") for n, _ in model.named_modules() if n.endswith(".standard")]
+        seen: dict[str, torch.Tensor] = {}
+        for name in layers:
+            model.get_submodule(f"{name}.standard").register_forward_hook(
+                lambda _, __, out, name=name: seen.update({name: out.detach().float()})
+            )
+        with torch.no_grad():
+            model(colour.images())
+        assert len(seen) == len(layers) >= 4
+        for name, values in seen.items():
+            axis = values.ndim - 1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+            channels = values.movedim(axis, 0).flatten(1)
+            assert channels.mean(1).abs().max() < 1e-3, name
+            live = channels.std(1) > 0.1
+            assert live.float().mean() > 0.5, name
+            assert (channels.std(1, correction=0)[live] - 1).abs().max() < 0.02, name
+
+    def test_it_undoes_what_hides_the_features_behind_a_mean(self, means: Means, runtime: Runtime) -> None:
+        """The first layer's outputs a thousandth as far apart, about 5: the same after the edit, up to rounding."""
+        given = released(PLAIN)
+        hidden = dict(given.state)
+        hidden["0.weight"], hidden["0.bias"] = given.state["0.weight"] * 1e-3, given.state["0.bias"] * 1e-3 + 5
+        plain = Released(PLAIN, {**given.state, "0.bias": given.state["0.bias"] + 5e3}, given.classes)  # as open
+        ours, theirs = (answers(Standardise().apply(r, means), runtime) for r in (replace(given, state=hidden), plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
 class TestTable:

@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget, PriorPreservation
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Edit
-from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
+from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations, Standardise
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
 from holdfast.errors import UserError, unknown
 
@@ -24,6 +24,7 @@ EDITS: Mapping[str, type[Any]] = MappingProxyType(
         "shift-biases": ShiftBiases,
         "fold-batchnorm": FoldBatchNorm,
         "leaky": LeakyActivations,
+        "standardise": Standardise,
         "earlier-layer": EarlierLayer,
         "heal": Heal,
         "benign-first": BenignFirst,
