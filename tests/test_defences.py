@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,40 @@ def test_sophon_knows_what_it_simulates() -> None:
     assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, mixup=0.2))
     for other in ({"ema": 0.99}, {"schedule": "cosine"}, {"warmup": 5}, {"keep_zeros": True}):
         assert not spec.simulates(FineTuning.named("initFC+all", optimiser="adam", lr=1e-3, **other))
+
+
+def test_sophon_draws_structural_adversaries() -> None:
+    spec = Sophon(
+        inner_initialise=("head", "last-k"), inner_k=(2, 3), inner_train=("all", "lora"), inner_edits=("leaky", "noise")
+    )
+    drawn = [(spec.draw(0, i), spec.draw_edits(0, i)) for i in range(200)]
+    assert {t.k for t, _ in drawn if t.initialise == "last-k"} == {2, 3}
+    assert {t.k for t, _ in drawn if t.initialise == "head"} == {1}
+    assert {t.train for t, _ in drawn} == {"all", "lora"}
+    names = [e[0].name if e else "none" for _, e in drawn]
+    assert all(40 < names.count(n) < 95 for n in ("none", "leaky", "noise"))
+    tuned = FineTuning.named("last-k+all", optimiser="adam", lr=1e-3, k=2)
+    assert spec.simulates(tuned)
+    assert spec.simulates(tuned, spec.inner_edits[:1])
+    assert not spec.simulates(tuned, spec.inner_edits)  # both at once
+    assert not spec.simulates(replace(tuned, k=4))
+    plain = Sophon()
+    assert [plain.draw(3, i).lr for i in range(9)] == [Sophon(inner_edits=("leaky",)).draw(3, i).lr for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"inner_edits": ("rebalance",)}, "'rebalance', which does not keep every weight .* valid: batchnorm, leaky"),
+        ({"inner_edits": ("nosuch",)}, "unknown edit 'nosuch'"),
+        ({"inner_initialise": ("scratch",)}, "inner_initialise holds 'scratch'; valid: keep, head, last-k"),
+        ({"inner_train": ("body",)}, "inner_train holds 'body'; valid: all, head, lora"),
+        ({"inner_k": (0,)}, "inner_k must be at least 1, but got 0"),
+    ],
+)
+def test_structural_adversaries_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sophon(**wrong)
 
 
 def test_two_adams_on_the_same_parameters_and_the_suppression_step_by_hand(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from holdfast.attacks.structure import LeakyActivations, Standardise
+from holdfast.attacks.weights import BatchNormStatistics
 from holdfast.domains import holdout
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
@@ -43,7 +45,7 @@ def ours(model, tuning, batches, gammas, runtime=None):
         task=Classification(),
         suppression=inverse_cross_entropy,
         accumulator=accumulator,
-        names=[n for n, _ in model.named_parameters()],
+        names={n: n for n, _ in model.named_parameters()},
         runtime=runtime or Runtime(),
     )
     return accumulator.sums, loss
@@ -162,10 +164,10 @@ class TestSimulator:
     def simulator(self, architecture, restricted, task, runtime) -> Simulator:
         return Simulator(architecture.build(5), architecture, 5, restricted.halves(0)[0], task, runtime)
 
-    def run(self, simulator, model, tuning, seed=3):
+    def run(self, simulator, model, tuning, seed=3, edits=()):
         accumulator = Accumulator()
         gammas = step_weights("uniform", tuning.steps)
-        done = simulator.simulate(model.state_dict(), tuning, gammas, inverse_cross_entropy, accumulator, seed)
+        done = simulator.simulate(model.state_dict(), tuning, gammas, inverse_cross_entropy, accumulator, seed, edits)
         return done, accumulator.sums
 
     def test_the_model_its_batch_statistics_and_its_mode_are_untouched(
@@ -197,6 +199,72 @@ class TestSimulator:
         _, sums = self.run(simulator, model, FineTuning.named("initFC+FC", lr=0.1, steps=3, batch_size=20))
         assert sums["0.weight"].abs().max() > 0
         assert torch.equal(simulator.learner.state_dict()["0.weight"], clean_state["0.weight"])
+
+    @pytest.mark.parametrize(
+        ("edit", "tuning", "without"),
+        [
+            (
+                (),
+                FineTuning.named("last-k+all", k=2, steps=3, batch_size=20),
+                {"9.weight", "10.weight", "10.bias", "14.weight", "14.bias"},
+            ),
+            ((LeakyActivations(),), FineTuning.named("direct+all", steps=3, batch_size=20), set()),
+            ((Standardise(),), FineTuning.named("direct+all", steps=3, batch_size=20), set()),
+            (
+                (BatchNormStatistics(how="reset"),),
+                FineTuning.named("direct+all", steps=3, batch_size=20),
+                {f"{n}.{p}" for n in (1, 4, 7, 10) for p in ("weight", "bias")},
+            ),
+            ((), FineTuning.named("direct+LoRA", rank=2, lr=0.1, steps=3, batch_size=20), set()),
+        ],
+        ids=["last-k", "leaky", "standardise", "batchnorm", "lora"],
+    )
+    def test_structural_adversaries(
+        self, edit, tuning, without, architecture, clean_state, restricted, task, runtime
+    ) -> None:
+        """Gradients have the protected model's names, but for what does not depend on it any more; the learner that
+        all others use stays out of it."""
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        simulator = self.simulator(architecture, restricted, task, runtime)
+        before = {n: v.clone() for n, v in simulator.learner.state_dict().items()}
+        for _ in range(2):
+            sums = self.run(simulator, model, tuning, edits=edit)[1]
+            assert set(sums) == {n for n, _ in model.named_parameters()} - without
+            assert all(v.shape == dict(model.named_parameters())[n].shape for n, v in sums.items())
+            assert sums["0.weight"].abs().max() > 0
+        if (edit and edit[0].name in ("leaky", "standardise")) or tuning.train == "lora":
+            assert all(torch.equal(v, before[n]) for n, v in simulator.learner.state_dict().items())
+
+    def test_an_edited_adversary_walks_the_path_of_the_edited_model(
+        self, architecture, clean_state, restricted, task, runtime
+    ) -> None:
+        """Leaky activations by hand: another module in the place of each ReLU, and the gradient of an unroll."""
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        simulator = self.simulator(architecture, restricted, task, runtime)
+        tuning = FineTuning("keep", optimiser="sgd", lr=0.1, weight_decay=0.0, steps=2, batch_size=20)
+        sums = self.run(simulator, model, tuning, 4, (LeakyActivations(0.3),))[1]
+        twin = architecture.build(5)
+        for name, module in list(twin.named_modules()):
+            if isinstance(module, torch.nn.ReLU):
+                twin.set_submodule(name, torch.nn.LeakyReLU(0.3))
+        twin.load_state_dict(clean_state)
+        twin.train()
+        adapt, held = holdout(simulator.data.labels, simulator.held_out_fraction, generator(4, "holdout"))
+        ours = minibatches(simulator.data, 20, 2, derive(4, "adapt"), runtime, within=adapt)
+        theirs = minibatches(simulator.data, 5, 2, derive(4, "evaluate"), runtime, within=held)
+        total = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
+        for (x, y), (xt, yt) in zip(ours, theirs, strict=True):
+            step = torch.autograd.grad(F.cross_entropy(twin(x), y), list(twin.parameters()))
+            with torch.no_grad():
+                for p, g in zip(twin.parameters(), step, strict=True):
+                    p.sub_(0.1 * g)
+            found = torch.autograd.grad(inverse_cross_entropy(twin(xt), yt), list(twin.parameters()))
+            for n, g in zip(total, found, strict=True):
+                total[n] += g / 2
+        for n in total:
+            torch.testing.assert_close(sums[n], total[n], rtol=1e-4, atol=1e-5)
 
     def test_the_seed_decides_everything(self, architecture, clean_state, restricted, task, runtime) -> None:
         model = architecture.build(5)
@@ -285,7 +353,7 @@ def test_no_graph_outlives_its_step(batches, architecture, clean_state) -> None:
             task=Classification(),
             suppression=inverse_cross_entropy,
             accumulator=Accumulator(),
-            names=[n for n, _ in model.named_parameters()],
+            names={n: n for n, _ in model.named_parameters()},
             runtime=Runtime(),
         )
     assert len(counts) == STEPS

@@ -113,7 +113,7 @@ def plan_cells(
     attacks: Sequence[Attack],
     seeds: int,
     chosen: Mapping[tuple[str, str], dict[str, Any]],
-    simulates: Callable[[FineTuning], bool],
+    simulates: Callable[[FineTuning, Sequence[Any]], bool],
 ) -> list[CellSpec]:
     """Every cell of the grid attacks × seeds × models. `chosen`: what the searches found, by (model, attack).
 
@@ -130,14 +130,14 @@ def plan_cells(
     for seed in range(seeds):
         for attack in attacks:
             ours, _ = final("protected", attack)
-            known = simulates(ours.tuning) and not ours.edits
+            known = simulates(ours.tuning, ours.edits)
             for model in ("protected", "clean"):
                 tuned, setting = final(model, attack)
                 specs.append(CellSpec(model, tuned, (attack.name,), (known,), seed, setting))
         controls: dict[Attack, list[tuple[str, bool, dict[str, Any] | None]]] = {}
         for attack in attacks:
             ours, _ = final("protected", attack)
-            known = simulates(ours.tuning) and not ours.edits
+            known = simulates(ours.tuning, ours.edits)
             control, setting = final("scratch", attack)
             controls.setdefault(replace(control, budget=1.0), []).append((attack.name, known, setting))
         for control, group in controls.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -227,8 +227,8 @@ class Run:
                 make_exhibits(show, shown, exhibits, *workers)
         self._note_memory()
 
-    def _simulates(self) -> Callable[[FineTuning], bool]:
-        return (lambda _: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates
+    def _simulates(self) -> Callable[[FineTuning, Sequence[Any]], bool]:
+        return (lambda *_: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates
 
     def _facts(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What the records rest on: `about`, with versions, hardware and hashes."""

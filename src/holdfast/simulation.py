@@ -23,6 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from holdfast.adapters import without_adapters
+from holdfast.attacks.released import Edit, Means, Released, forgotten
 from holdfast.distributed import Group
 from holdfast.domains import ImageData, holdout
 from holdfast.errors import require
@@ -117,11 +119,12 @@ def accumulate_along_path(
     task: Task,
     suppression: Loss,
     accumulator: Accumulator,
-    names: Sequence[str],
+    names: Mapping[str, str],
     runtime: Runtime,
     seed: int | None = None,
 ) -> float:
-    """Fine-tune `learner` in place with `fit`; after inner step k add γ_k·∂L_α/∂ϑᵏ for `names`.
+    """Fine-tune `learner` in place with `fit`; after inner step k add γ_k·∂L_α/∂ϑᵏ for `names`, the learner's, each
+    under the name that it maps to.
 
     The suppression loss sees batch statistics, like the adversary's own step: with running statistics a defence
     could win by making them stale, and lose to anyone who re-estimates them. Returns the γ-weighted suppression loss;
@@ -147,7 +150,7 @@ def accumulate_along_path(
             value = suppression(outputs, labels)
             if targets:  # none where the adversary re-initialised all there is
                 gradients = torch.autograd.grad(value, targets, allow_unused=True)
-                (accumulator if share == 1 else found).add(names, gradients, gamma * share)
+                (accumulator if share == 1 else found).add(list(names.values()), gradients, gamma * share)
             return value.detach() * share
 
         total.add_(runtime.micro.run(inputs, labels, part, found.sums.clear), alpha=gamma)
@@ -175,7 +178,7 @@ def _of_shards(
     task: Task,
     suppression: Loss,
     accumulator: Accumulator,
-    names: Sequence[str],
+    names: Mapping[str, str],
     runtime: Runtime,
 ) -> Tensor:
     """γ·∂L_α/∂ϑᵏ of a learner in shards, each process with its part of the held-out batch; returns γ·L_α.
@@ -191,7 +194,7 @@ def _of_shards(
     both = torch.stack([value.detach() * mine, torch.full_like(value, mine)])
     runtime.sharing.sum([both])
     by_name = dict(learner.named_parameters())
-    accumulator.add(names, [by_name[n].grad for n in names], gamma / both[1].item())
+    accumulator.add(list(names.values()), [by_name[n].grad for n in names], gamma / both[1].item())
     learner.zero_grad(set_to_none=True)
     return gamma * both[0] / both[1]
 
@@ -201,7 +204,9 @@ class Simulator:
     """Runs simulated adversaries on the defender's half of the restricted domain.
 
     `learner` is a model of the same architecture with a head for the restricted classes. It is overwritten by every
-    simulation, so the protected model itself, its batch statistics and its modes are never touched.
+    simulation, so the protected model itself, its batch statistics and its modes are never touched. Adversaries who
+    change the structure get learners of their own. `released`: outputs of the protected model's head, which only
+    edits need; None for as many as `classes`.
     """
 
     learner: nn.Module
@@ -211,6 +216,8 @@ class Simulator:
     task: Task
     runtime: Runtime
     held_out_fraction: float = 0.2
+    released: int | None = None
+    _edited: dict[tuple[Edit, ...], nn.Module] = field(default_factory=dict, compare=False)
 
     def simulate(
         self,
@@ -220,15 +227,24 @@ class Simulator:
         suppression: Loss,
         accumulator: Accumulator,
         seed: int,
+        edits: Sequence[Edit] = (),
     ) -> float:
-        """One adversary: draw disjoint R and T, initialise from `state` (θ), run K = `tuning.steps` steps and add g to
-        `accumulator`. Returns the γ-weighted suppression loss, NaN where the adversary diverged."""
+        """One adversary: draw disjoint R and T, edit and initialise from `state` (θ), run K = `tuning.steps` steps and
+        add g to `accumulator`. Returns the γ-weighted suppression loss, NaN where the adversary diverged."""
         adapt, evaluate = holdout(self.data.labels, self.held_out_fraction, generator(seed, "holdout"))
-        fresh = tuning.initialise_from(self.learner, state, self.architecture, self.classes, derive(seed, "init"))
-        trained = tuning.choose_parameters(self.learner, self.architecture, self.classes)
-        for parameter in self.learner.parameters():
+        start = Released(self.architecture, state, self.classes if self.released is None else self.released)
+        for edit in edits:
+            means = Means(self.data.subset(adapt), self.task, self.runtime, derive(seed, "edit"), tuning.steps)
+            start = edit.apply(start, means)
+        learner = self._learner(start.architecture, tuning, tuple(edits))
+        fresh = tuning.initialise_from(learner, start.state, start.architecture, self.classes, derive(seed, "init"))
+        fresh |= forgotten(edits, learner)
+        trained = tuning.choose_parameters(learner, start.architecture, self.classes)
+        for parameter in learner.parameters():
             parameter.requires_grad_(True)  # weights that the adversary freezes have a suppression gradient too
-        names = [n for n, _ in self.learner.named_parameters() if n not in fresh]
+        # By the names that the protected model has.
+        found = {n: without_adapters(n) for n, _ in learner.named_parameters()}
+        names = {n: plain for n, plain in found.items() if plain is not None and plain not in fresh}
         held_size = round(tuning.batch_size * self.held_out_fraction / (1 - self.held_out_fraction))
         held_size = max(2, held_size)  # batch statistics of one sample are none
         steps = tuning.steps
@@ -236,7 +252,7 @@ class Simulator:
         needed = [gamma != 0 for gamma in gammas]
         with seeded(seed, "simulation"):
             return accumulate_along_path(
-                self.learner,
+                learner,
                 tuning,
                 trained,
                 batches(batch_size=tuning.batch_size, seed=derive(seed, "adapt"), within=adapt),
@@ -249,3 +265,14 @@ class Simulator:
                 runtime=self.runtime,
                 seed=derive(seed, "noise"),
             )
+
+    def _learner(self, architecture: Architecture, tuning: FineTuning, edits: tuple[Edit, ...]) -> nn.Module:
+        """What this adversary trains: one for each structure; with adapters, which stay where they are put, a new one
+        each time."""
+        if tuning.train == "lora":
+            return self.runtime.place(architecture.build(self.classes))
+        if architecture == self.architecture:
+            return self.learner
+        if edits not in self._edited:
+            self._edited[edits] = self.runtime.place(architecture.build(self.classes))
+        return self._edited[edits]

@@ -127,6 +127,8 @@ class Edit(Protocol):
     """Whether it can bring units back to life whose gradients are zero."""
     fresh: ClassVar[bool]
     """Whether someone who trains from scratch would do it too: then the from-scratch control gets it."""
+    carries: ClassVar[bool]
+    """Whether every weight keeps its name and, but for something added, its value: then a defence can simulate it."""
 
     def apply(self, released: Released, means: Means) -> Released:
         """The edited model. Never changes `released`."""
@@ -139,6 +141,11 @@ class Edit(Protocol):
     def summary(self) -> str:
         """One line: what it does, and with what strength."""
         ...
+
+
+def forgotten(edits: Iterable[Any], model: nn.Module) -> set[str]:
+    """Names of parameters whose values the edits replace: what an edit's method `forgets` says, where it has one."""
+    return {name for e in edits if hasattr(e, "forgets") for name in e.forgets(model)}
 
 
 def described(edit: Any) -> str:

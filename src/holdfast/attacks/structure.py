@@ -25,6 +25,7 @@ class StructureEdit:
     needs: ClassVar[str] = WEIGHTS_ONLY
     revives: ClassVar[bool] = False
     fresh: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     def summary(self) -> str:
         """One line."""
@@ -102,6 +103,7 @@ class LeakyActivations(StructureEdit):
 
     slope: float = 0.1
     name: Literal["leaky"] = "leaky"
+    carries: ClassVar[bool] = True
     revives: ClassVar[bool] = True
     fresh: ClassVar[bool] = True
 
@@ -140,6 +142,7 @@ class Standardise(StructureEdit):
     """
 
     name: Literal["standardise"] = "standardise"
+    carries: ClassVar[bool] = True
     fresh: ClassVar[bool] = True
 
     def obstacle(self, released: Released) -> str | None:

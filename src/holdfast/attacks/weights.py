@@ -26,6 +26,7 @@ class _Weights:
     needs: ClassVar[str] = WEIGHTS_ONLY
     revives: ClassVar[bool] = False
     fresh: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     def obstacle(self, released: Released) -> str | None:
         """None: it applies to any model."""
@@ -89,6 +90,7 @@ class Noise(_Weights):
 
     scale: float = 0.1  # of each layer's own standard deviation
     name: Literal["noise"] = "noise"
+    carries: ClassVar[bool] = True
     revives: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -134,6 +136,7 @@ class BatchNormStatistics(_Weights):
     how: Literal["estimate", "reset"] = "estimate"
     fresh: ClassVar[bool] = True  # good statistics from the first step on help anyone
     name: Literal["batchnorm"] = "batchnorm"
+    carries: ClassVar[bool] = True
     revives: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -143,6 +146,11 @@ class BatchNormStatistics(_Weights):
         """Only for models with batch normalisation."""
         model = released.architecture.build(released.classes)
         return None if _normalisations(model) else "the model has no batch normalisation"
+
+    def forgets(self, model: nn.Module) -> set[str]:
+        """Scales and shifts, where they are reset."""
+        layers = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)] if self.how == "reset" else []
+        return {f"{n}.{p}" for n in layers for p in ("weight", "bias")}
 
     @torch.no_grad()
     def apply(self, released: Released, means: Means) -> Released:
@@ -173,6 +181,7 @@ class ShiftBiases(_Weights):
 
     live: float = 0.02  # a unit positive on less than this share of images × positions counts as dead
     name: Literal["shift-biases"] = "shift-biases"
+    carries: ClassVar[bool] = True
     revives: ClassVar[bool] = True
 
     def obstacle(self, released: Released) -> str | None:

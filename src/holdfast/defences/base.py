@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -192,7 +192,7 @@ class Guarded:
         """The moving parts, ready for iteration 1."""
         raise NotImplementedError
 
-    def simulates(self, tuning: FineTuning) -> bool:
+    def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
         """Whether the defence trained against this strategy; most train against none."""
         return False
 

@@ -103,9 +103,9 @@ class Lockout(Guarded):
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
         require_tolerance(self)
 
-    def simulates(self, tuning: FineTuning) -> bool:
+    def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
         """What the second stage simulates."""
-        return self.sophon is not None and self.sophon.simulates(tuning)
+        return self.sophon is not None and self.sophon.simulates(tuning, edits)
 
     def suits(self, task: Task) -> bool:
         """Only Fisher's ratio needs labels."""

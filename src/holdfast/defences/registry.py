@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -33,7 +33,7 @@ class Defence(Protocol):
 
     measures: ClassVar[bool]  # whether `measure` finds anything
 
-    def simulates(self, tuning: FineTuning) -> bool:
+    def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
         """Whether the defence trained against this strategy: the report tells such attacks from unseen ones."""
         ...
 
@@ -71,7 +71,7 @@ class Identity:
     measures: ClassVar[bool] = False
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    def simulates(self, tuning: FineTuning) -> bool:
+    def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
         """It simulates nothing."""
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
+from holdfast.defences.adversaries import Adversaries
+from holdfast.defences.base import Engine, Given, Prober, require_positive, require_rates, require_tolerance
 from holdfast.errors import require, unknown
-from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
 from holdfast.models import load_state
 from holdfast.optimisers import OPTIMISERS, adam
-from holdfast.seeding import derive, generator, seeded
+from holdfast.seeding import derive, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights, thinned
 from holdfast.tasks import Loss, Task
 from holdfast.training import Forward, fit
@@ -27,7 +27,7 @@ REINFORCEMENTS = ("task", "distillation")
 
 
 @dataclass(frozen=True)
-class Sophon(Guarded):
+class Sophon(Adversaries):
     """Hyper-parameters of SOPHON; the defaults are the paper's, named behind each.
 
     An iteration runs `fts_loops` loops of fine-tuning suppression (each: N simulated adversaries drawn from Φ, K inner
@@ -49,15 +49,6 @@ class Sophon(Guarded):
     """
 
     suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
-    adversaries: int = 3  # N; paper: one task on each of three GPUs, §5.1.1
-    inner_steps: int = 50  # K; paper: 50
-    inner_initialise: tuple[Initialise, ...] = (
-        "keep",
-        "head",
-    )  # paper: entire model, or all but the final layer, §4.1.1
-    inner_lr: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # paper: these
-    inner_batch_size: tuple[int, ...] = (50, 100, 150, 200, 250)  # paper: these
-    inner_optimiser: tuple[str, ...] = ("adam",)  # paper: Adam
     evaluate_every: int = (
         1  # s; paper: every step. Ours: every s-th only, from a step drawn for each adversary, s·γ each
     )
@@ -86,7 +77,8 @@ class Sophon(Guarded):
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        require_positive(self, "adversaries", "inner_steps", "fts_loops", "ntr_loops", "iterations")
+        super().__post_init__()
+        require_positive(self, "fts_loops", "ntr_loops", "iterations")
         require_positive(self, "ntr_batch_size", "check_every", "probe_steps")
         require_rates(self, "alpha", "beta")
         require(0 < self.probe_lr <= 10, f"probe_lr must lie in (0, 10], but got {self.probe_lr}")
@@ -100,69 +92,17 @@ class Sophon(Guarded):
         require(self.weight > 0, f"weight must be positive, but got {self.weight}")
         for name in ("onset", "repair"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], but got {getattr(self, name)}")
-        for name in ("inner_initialise", "inner_lr", "inner_batch_size", "inner_optimiser"):
-            require(bool(getattr(self, name)), f"{name} must not be empty")
-        for value in self.inner_initialise:
-            require(value in ("keep", "head"), f"inner_initialise holds '{value}'; valid: keep, head")
-        for optimiser in (*self.inner_optimiser, self.probe_optimiser):
-            if optimiser not in OPTIMISERS:
-                raise unknown("optimiser", optimiser, OPTIMISERS)
-        require(all(0 < lr <= 10 for lr in self.inner_lr), f"inner_lr must lie in (0, 10], but got {self.inner_lr}")
-        require(min(self.inner_batch_size) >= 2, f"inner_batch_size must be at least 2, got {self.inner_batch_size}")
+        if self.probe_optimiser not in OPTIMISERS:
+            raise unknown("optimiser", self.probe_optimiser, OPTIMISERS)
         require(
             0 < self.held_out_fraction < 0.9, f"held_out_fraction must lie in (0, 0.9), got {self.held_out_fraction}"
         )
         require(self.clip is None or self.clip > 0, f"clip must be positive or null, but got {self.clip}")
         require_tolerance(self)
 
-    def draw(self, seed: int, *stream: str | int) -> FineTuning:
-        """One adversary φ ~ Φ: initialisation × learning rate × batch size × optimiser, each uniform (§5.1.1)."""
-        rng = generator(seed, "adversary", *stream)
-
-        def pick(values: tuple[Any, ...]) -> Any:
-            return values[int(torch.randint(len(values), (), generator=rng))]
-
-        return FineTuning(
-            initialise=pick(self.inner_initialise),
-            optimiser=pick(self.inner_optimiser),
-            lr=pick(self.inner_lr),
-            weight_decay=0.0,  # paper: not stated; decay only adds a shrinking that is the same for every θ
-            batch_size=pick(self.inner_batch_size),
-            steps=self.inner_steps,
-        )
-
-    def simulates(self, tuning: FineTuning) -> bool:
-        """Whether an attack's initialisation, optimiser and learning rate were all simulated, on images as they are
-        (batch sizes and decay hardly matter beside these, and do not count)."""
-        return (
-            tuning.train == "all"
-            and tuning.augment == "none"
-            and not (tuning.mixup or tuning.ema or tuning.warmup or tuning.keep_zeros)
-            and tuning.schedule == "constant"
-            and tuning.initialise in self.inner_initialise
-            and tuning.optimiser in self.inner_optimiser
-            and any(math.isclose(tuning.lr, lr) for lr in self.inner_lr)
-        )
-
     def suits(self, task: Task) -> bool:
         """Any task has a loss and a suppression loss."""
         return True
-
-    def check_head(self, heads: Sequence[str]) -> None:
-        """`UserError` where a simulated adversary would re-initialise a head that there is not."""
-        require(
-            bool(heads) or "head" not in self.inner_initialise,
-            "the model has no head that a simulated adversary could re-initialise; set defence.inner_initialise to "
-            "[keep]",
-        )
-
-    def check_classes(self, original: int, restricted: int) -> None:
-        """`UserError` where a simulated adversary would keep a head of the wrong size."""
-        require(
-            "keep" not in self.inner_initialise or original == restricted,
-            f"head and classes do not agree: an adversary that keeps the head needs as many restricted classes as "
-            f"original ones, but there are {restricted} and {original}; set defence.inner_initialise to [head]",
-        )
 
     def engine(self, given: Given) -> _Engine:
         """Two Adams, a simulator, and the probe that selects."""
@@ -179,6 +119,7 @@ class _Engine(Engine):
     may_fail = ("fts",)
 
     def __init__(self, spec: Sophon, given: Given) -> None:
+        spec.check_adversaries(given)
         self.spec, self.given, self.model, self.seed = spec, given, given.model, given.seed
         self.length = spec.iterations
         self.repairing = round(spec.repair * spec.iterations)
@@ -199,6 +140,7 @@ class _Engine(Engine):
             given.task,
             given.runtime,
             spec.held_out_fraction,
+            len(given.original.classes),
         )
         self.suppression = given.task.suppression(spec.suppression)
         self.gammas = step_weights(spec.gamma, spec.inner_steps)
@@ -206,7 +148,7 @@ class _Engine(Engine):
             given,
             spec.probe_steps,
             max(spec.inner_batch_size),
-            spec.inner_initialise,
+            tuple(i for i in spec.inner_initialise if i != "last-k") or ("head",),
             learner,
             spec.probe_optimiser,
             spec.probe_lr,
@@ -253,6 +195,7 @@ class _Engine(Engine):
                 self.suppression,
                 own,
                 seed,
+                self.spec.draw_edits(self.seed, iteration, loop, n),
             )
             broken = not (math.isfinite(loss) and own.finite())
             if not self.given.runtime.sharing.any(broken):  # one that diverged has nothing to say
