@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from holdfast.attacks.attack import Attack
-from holdfast.audit import BENIGN, ORIGINAL, AuditFiles
+from holdfast.audit import BENIGN, AuditFiles
 from holdfast.files import write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import attack_facts
+from holdfast.intactness import ORIGINAL
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report.words import conclusion, percent, ratio
 from holdfast.report.write import write_report

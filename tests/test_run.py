@@ -75,7 +75,8 @@ class TestContract:
         s = json.loads((finished / "summary.json").read_text())
         assert s["schema"] == 1
         assert s["verdict"] in ("held", "partial", "failed")
-        assert s["intactness"].keys() == {"metric", "before", "after", "ratio"}
+        assert {"metric", "before", "after", "ratio", "classes", "corruptions", "calibration"} == s["intactness"].keys()
+        assert len(s["intactness"]["classes"]) == 5
         r = s["restricted"]
         assert {"metric", "chance", "worst", "attacks"} <= r.keys()
         assert r["attacks"][0]["name"] == r["worst"]

@@ -50,7 +50,7 @@ ATTACKS = (
 
 
 def cells() -> list[CellSpec]:
-    return plan_cells(ATTACKS, 2, {}, lambda _: False) + plan_benign(6, 2)
+    return plan_cells(ATTACKS, 2, {}, lambda *_: False) + plan_benign(6, 2)
 
 
 def seen(records: Sequence[Record]) -> set[tuple[object, ...]]:
@@ -72,7 +72,7 @@ def test_scratch_runs_serve_every_attack_with_the_same_control() -> None:
     scratch = [c for c in cells() if c.model == "scratch" and c.seed == 0 and not c.benign]
     assert {c.names for c in scratch} == {("plain",), ("leaky",), ("healed",)}
     twins = (*ATTACKS, replace(ATTACKS[0], name="twin", tuning=replace(ATTACKS[0].tuning, train="lora")))
-    scratch = [c for c in plan_cells(twins, 1, {}, lambda _: False) if c.model == "scratch"]
+    scratch = [c for c in plan_cells(twins, 1, {}, lambda *_: False) if c.model == "scratch"]
     assert ("plain", "twin") in {c.names for c in scratch}
 
 

@@ -7,33 +7,23 @@ with one seed. Both are independent of each other, run in parallel, and are appe
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import battery
 from holdfast.attacks.released import ORIGINAL_DATA, THIRD_DOMAIN, Released
 from holdfast.cells import Bench, CellSpec, End, run_cell
-from holdfast.domains import Domain
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
-from holdfast.models import Architecture, State, load_state
 from holdfast.progress import Reporter
-from holdfast.records import LineFile, Record, RecordFile, SearchRecord
-from holdfast.runtime import Runtime
+from holdfast.records import LineFile, RecordFile, SearchRecord
 from holdfast.search import SEED, resolved, run_search
-from holdfast.tasks import Task
-from holdfast.training import evaluate
 from holdfast.workers import run_all
 
 MODELS = ("protected", "clean", "scratch")
-ORIGINAL = "original domain"  # the "attack" under which intactness is recorded: none
 BENIGN = "benign domain · initFC+all · adam 1e-3"  # fine-tuning to the third domain, which should stay possible
 PAPER_DEFAULT = "direct+all"  # the name of SOPHON's default attack, which the report and the exhibits speak of
 HEALING_SHARE = 0.1  # of the original training data, for attackers who have some (TransNTL: less than 10 %)
@@ -223,40 +213,3 @@ def run_audit(
             last = next(r for r in reversed(found.records) if r.split == "test")
             scale = bench.task.scale
             bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {scale.name} {scale.shown(last.value)}")
-
-
-def measure_intactness(
-    models: Mapping[str, State],
-    architecture: Architecture,
-    original: Domain,
-    task: Task,
-    runtime: Runtime,
-    provenance: str,
-) -> list[Record]:
-    """Original-domain metric of the clean and the protected model, on validation and test data."""
-    model: nn.Module = runtime.place(architecture.build(len(original.classes)))
-    records = []
-    for name, state in models.items():
-        load_state(model, state)
-        started = time.monotonic()
-        for split, data in (("validation", original.validation), ("test", original.test)):
-            value, loss = evaluate(model, data, task, runtime)
-            records.append(
-                Record(
-                    model=name,
-                    attack=ORIGINAL,
-                    seed=0,
-                    step=0,
-                    last_step=0,
-                    split=split,
-                    metric=task.scale.metric,
-                    value=value,
-                    loss=loss if math.isfinite(loss) else None,
-                    samples=0,
-                    seconds=round(time.monotonic() - started, 3),
-                    simulated=False,
-                    diverged=False,
-                    provenance=provenance,
-                )
-            )
-    return records

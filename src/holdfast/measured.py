@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.audit import BENIGN, MODELS, ORIGINAL
+from holdfast.audit import BENIGN, MODELS
 from holdfast.errors import require
+from holdfast.intactness import part_of
+from holdfast.limits import depth_of
 from holdfast.metrics import Verdict, area, strongest, verdict
 from holdfast.records import Record, curves
 from holdfast.scales import ACCURACY, Scale
@@ -64,7 +66,8 @@ class Measured:
 
 def measured(records: Sequence[Record], split: str = "test") -> list[Measured]:
     """The attacks in the order in which they were planned. Raises `UserError` where cells are missing."""
-    names = list(dict.fromkeys(r.attack for r in records if r.attack not in (ORIGINAL, BENIGN)))
+    every = dict.fromkeys(r.attack for r in records)
+    names = [a for a in every if a != BENIGN and part_of(a) is None and depth_of(a) is None]
     require(bool(names), "there are no records of an attack yet; run `holdfast audit` first")
     return [one_attack(records, name, split) for name in names]
 

@@ -23,6 +23,15 @@ def recovery(protected: float, clean: float, chance: float, scale: Scale = ACCUR
     return (protected - chance) / (clean - chance)
 
 
+def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., ICML 2017, Eq. 3): Σ_b |B_b|/n · |accuracy(B_b) − confidence(B_b)| over
+    `bins` of equal width. `confidence`: of the answer given, in [0, 1]. Lies in [0, 1]; 0 for no answers."""
+    gaps = [0.0] * bins
+    for sure, correct in zip(confidence, right, strict=True):
+        gaps[min(bins - 1, int(sure * bins))] += correct - sure
+    return sum(abs(g) for g in gaps) / max(1, len(confidence))
+
+
 def steps_to_reach(steps: Sequence[float], values: Sequence[float], target: float) -> float | None:
     """First step at which the curve reaches `target`, linearly between evaluations; None if it never does."""
     for i, value in enumerate(values):

@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from holdfast import models
+from holdfast.attacks.batteries import battery
 from holdfast.audit import (
-    ORIGINAL,
     PAPER_DEFAULT,
     AuditFiles,
     applicable,
-    measure_intactness,
     plan_benign,
     plan_cells,
     plan_searches,
@@ -25,6 +24,7 @@ from holdfast.audit import (
     run_searches,
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
+from holdfast.cells import Bench
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
 from holdfast.diffusion.exhibits import Show, keep_end, make_exhibits, marked
@@ -34,12 +34,14 @@ from holdfast.errors import UserError, require
 from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import Inputs
+from holdfast.intactness import measure_intactness, parts
+from holdfast.limits import PROBED, measure_limits, probes
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter
 from holdfast.protection import defend
 from holdfast.recipes import Recipe
-from holdfast.records import provenance
+from holdfast.records import RecordFile, provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
@@ -202,10 +204,11 @@ class Run:
         for name, why in left_out.items():
             self.reporter.say(f"left out: {name} ({why})")
         whole = file.recover()
-        if given.with_original and not {(m, ORIGINAL, 0) for m in states} <= whole:
-            file.append(
-                measure_intactness(states, given.architecture, given.original, given.task, given.runtime, where)
-            )
+        if given.with_original:
+            known = {(m, n) for m, n, _ in whole}
+            if not {(m, n) for m in states for n in parts(given.original, given.task)} <= known:
+                about = (given.architecture, given.original, given.task, given.runtime, where)
+                file.append(measure_intactness(states, *about, known))
         workers = (self.reporter, given.recipe.runtime.jobs, given.recipe.runtime.ray)
         seeds = given.recipe.audit.seeds
         with released():
@@ -222,10 +225,24 @@ class Run:
             shown = (named or attacks)[0] if given.task.generates else None
             cells = marked(cells, shown) if shown else cells
             run_audit(cells, bench, file, *workers, kept=partial(keep_end, exhibits))
+            if battery(given.recipe.audit.battery).probes and given.task.labelled:
+                self._probe(bench, seeds, file)
             if shown:
                 show = Show(bench, given.original if given.with_original else None, given.decode)
                 make_exhibits(show, shown, exhibits, *workers)
         self._note_memory()
+
+    def _probe(self, bench: Bench, seeds: int, file: RecordFile) -> None:
+        """Probe the layers of all models, where `file` lacks it."""
+        done = file.recover()
+        planned = [(m, a.name, s) for a in probes(bench) for s in range(seeds) for m in PROBED]
+        left = sum(p not in done for p in planned)
+        if not left:
+            return
+        with self.reporter.bar("probes", len(planned), len(planned) - left) as bar:
+            for found in measure_limits(bench.to(bench.runtime), seeds, done):
+                file.append(found)
+                bar.advance(f"{found[-1].model} · {found[-1].attack} · seed {found[-1].seed}")
 
     def _simulates(self) -> Callable[[FineTuning, Sequence[Any]], bool]:
         return (lambda *_: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.audit import BENIGN, MODELS, ORIGINAL
+from holdfast.audit import BENIGN, MODELS
 from holdfast.checks import Check, Evidence, run_checks
+from holdfast.intactness import intactness
+from holdfast.limits import limits
 from holdfast.measured import Measured, WorstCase, measured, one_attack, worst_case
 from holdfast.metrics import Verdict, area, cost_ratio, log_area, recovery, scratch_learns, verdict
 from holdfast.records import Record, SearchRecord
@@ -68,6 +70,7 @@ def summarise(
             "slc_others": series[1:],
             "attacks": attacks,
         },
+        "limits": limits(records),
         "benign": benign(records, (facts.get("benign") or {}).get("chance")),
         "search": search_cost(searches),
         "cost": cost,
@@ -78,20 +81,6 @@ def summarise(
 def final_verdict(found: Verdict, checks: Sequence[Check]) -> Verdict:
     """A failing check forbids *held*."""
     return "partial" if found == "held" and not all(c.passed for c in checks) else found
-
-
-def intactness(records: Sequence[Record]) -> dict[str, Any] | None:
-    """Original test metric before (clean) and after (protected), and their ratio; None where it was not measured."""
-    values = {r.model: r for r in records if r.attack == ORIGINAL and r.split == "test"}
-    if not {"clean", "protected"} <= values.keys():
-        return None
-    before, after = values["clean"].value, values["protected"].value
-    return {
-        "metric": values["clean"].metric,
-        "before": before,
-        "after": after,
-        "ratio": scale_of(values["clean"].metric).retention(before, after),
-    }
 
 
 def _worst_entry(worst: WorstCase) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Battery:
     version: int
     summary: str
     attacks: tuple[Attack, ...]
+    probes: bool = False  # whether every layer is probed as well: see `limits`
 
     @property
     def title(self) -> str:
@@ -241,7 +242,7 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
                 _TABLE_1 + _TABLE_5 + _TABLE_6 + _TABLE_7,
             ),
             Battery("quick", 2, "paper-default, swept learning rates and the cheapest edits: minutes", _QUICK),
-            Battery("standard", 2, "what any claim must face: six optimisers swept, every edit", _STANDARD),
+            Battery("standard", 2, "what any claim must face: six optimisers swept, every edit", _STANDARD, True),
             Battery(
                 "generation-quick",
                 1,
@@ -251,7 +252,7 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
             Battery(
                 "generation", 1, "for diffusion models, what any claim must face: `standard` without heads", _GENERATION
             ),
-            Battery("adaptive", 2, "standard, and an attacker who knows the defence", _STANDARD + _INFORMED),
+            Battery("adaptive", 2, "standard, and an attacker who knows the defence", _STANDARD + _INFORMED, True),
         )
     }
 )

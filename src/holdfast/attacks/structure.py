@@ -220,12 +220,13 @@ class EarlierLayer(StructureEdit):
     def obstacle(self, released: Released) -> str | None:
         """Only for models with so many layers."""
         try:
-            self._layer(released)
+            self.layer(released)
         except UserError as error:
             return str(error)
         return None
 
-    def _layer(self, released: Released) -> str:
+    def layer(self, released: Released) -> str:
+        """The layer whose input is read. `UserError` where the model has too few."""
         model = released.architecture.build(released.classes)
         order = executed_layers(model, released.architecture.example())
         weights = [n for n in order if isinstance(model.get_submodule(n), WEIGHT_LAYERS)]
@@ -235,7 +236,7 @@ class EarlierLayer(StructureEdit):
     def apply(self, released: Released, means: Means) -> Released:
         """Body up to the cut with its weights; the head is a fresh one, to be re-initialised by the fine-tuning."""
         body = released.architecture
-        factory = _ProbeFactory(body, released.classes, self._layer(released), self.grid)
+        factory = _ProbeFactory(body, released.classes, self.layer(released), self.grid)
         architecture = replace(body, factory=factory)
         fresh = architecture.build(released.classes).state_dict()
         state = {n: v for n, v in fresh.items() if n.startswith("head.")}

@@ -29,6 +29,23 @@ def worst_case_curves(worst: Mapping[str, Any], chance: float, scale: Scale) -> 
     return png(figure)
 
 
+def limit_curves(limits: Sequence[Mapping[str, Any]], chance: float, scale: Scale) -> bytes:
+    """What a probe on each layer's input knows: clean, protected, random weights. The room between clean and random is
+    what a defence can take away."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    places = list(range(len(limits)))
+    for model, style in STYLE.items():
+        means, spread = ([found[model][n] for found in limits] for n in ("mean", "deviation"))
+        label = "random weights" if model == "scratch" else LABELS[model]
+        band(axes, places, means, spread, scale, label, **style)
+    metric_axis(axes, scale, "restricted", chance)
+    axes.set_xticks(places, [str(found["layer"]) for found in limits], rotation=30, ha="right", fontsize=8)
+    axes.set_xlabel("a probe on the input of this layer, first to last")
+    axes.legend(loc="best", fontsize=9, frameon=False)
+    return png(figure)
+
+
 def heat_over_seeds(attacks: Sequence[Mapping[str, Any]], scale: Scale) -> bytes:
     """Protected − scratch at the end: attacks × seeds. Red: the weights help the attacker."""
     table = [a["difference"] for a in attacks]

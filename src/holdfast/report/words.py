@@ -7,6 +7,7 @@ from typing import Any
 
 from holdfast.audit import PAPER_DEFAULT
 from holdfast.scales import Scale, scale_of
+from holdfast.statistics import mean
 
 EXPLAINED = {
     "held": "In the worst case the protected weights bring the attacker no more than training from scratch.",
@@ -181,6 +182,29 @@ def _more_data(series: Sequence[dict[str, Any]]) -> list[str]:
         f"{auc['mean']:+.2f}"
         f"{limits}; clean {found['auc']['clean']['mean']:+.2f}. Below 0 the weights are worse than none."
     ]
+
+
+def limit(summary: dict[str, Any]) -> str:
+    """Where the protected model stands between what the clean one knows and what random weights know."""
+    found = summary["limits"]
+    if not found:
+        return ""
+    scale = scale_of(summary["restricted"]["metric"])
+
+    def at(model: str) -> float:
+        return mean([float(f[model]["mean"]) for f in found])
+
+    room, kept = at("clean") - at("scratch"), at("protected") - at("scratch")
+    ahead = max(found, key=lambda f: f["protected"]["mean"] - f["scratch"]["mean"])
+    most = ahead["protected"]["mean"] - ahead["scratch"]["mean"]
+    said = (
+        f"Over the {len(found)} layers probed the clean model knows {scale.amount(room)} more of the restricted domain "
+        f"than random weights do; the protected one {scale.amount(kept)}"
+        if room > 0 and kept > 0
+        else f"Probes on the protected model know {scale.difference(kept)} {scale.unit} beside random weights on "
+        f"average over {len(found)} layers, on the clean one {scale.difference(room)}"
+    )
+    return f"{said}. Most is left at the input of {ahead['layer']}: {scale.difference(most)} {scale.unit}."
 
 
 def _intactness(found: dict[str, Any] | None, scale: Scale) -> list[str]:

@@ -13,11 +13,12 @@ from holdfast.audit import AuditFiles
 from holdfast.diffusion.exhibits import distances_table, read_exhibits
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
+from holdfast.intactness import costs
 from holdfast.measured import measured
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report import figures, maps
 from holdfast.report.pictures import draw_exhibits
-from holdfast.report.words import conclusion, cost, percent, weaknesses
+from holdfast.report.words import conclusion, cost, limit, percent, weaknesses
 from holdfast.scales import scale_of
 from holdfast.summary import summarise
 
@@ -98,6 +99,7 @@ def _draw(
         "worst-case": maps.worst_case_curves(restricted["worst_case"], chance, scale),
         "heat-seeds": maps.heat_over_seeds(restricted["attacks"], scale),
     }
+    drawn |= {"limits": maps.limit_curves(summary["limits"], chance, scale)} if summary["limits"] else {}
     rates = maps.heat_over_rates(searches, scale)
     drawn |= {"heat-rates": rates} if rates else {}
     drawn |= {"slc": maps.data_curves(restricted["slc"], chance, scale)} if restricted["slc"] else {}
@@ -162,6 +164,8 @@ def _context(
         "tables": list(tables.items()),
         "conclusion": conclusion(summary),
         "weaknesses": weaknesses(summary, _left_out(facts["provenance"]), facts["provenance"]["battery"]),
+        "limit_words": limit(summary),
+        "costs": costs(summary["intactness"] or {}),
         "panels": PANELS,
         "needs": sorted({n for a in summary["restricted"]["attacks"] for n in a["needs"]}),
         "left_out": _left_out(facts["provenance"]),
