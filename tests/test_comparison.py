@@ -117,6 +117,37 @@ def test_the_table(compared: Path) -> None:
         assert (compared / "figures" / f"{name}.png").stat().st_size > 5000
 
 
+def test_a_sweep_is_a_run_for_each_value_and_a_frontier(several: Path, tmp_path: Path) -> None:
+    plans = plan_comparison(several, ["ntl"], [], 1, tmp_path, "defence.iterations=4,10")
+    assert [p.preset for p in plans] == ["ntl@iterations=4", "ntl@iterations=10"]
+    assert [p.recipe.as_dict()["defence"]["iterations"] for p in plans] == [4, 10]
+    found = run_comparison(plans)
+    rows = write_comparison(tmp_path, found, "plain")["rows"]
+    assert list(rows) == ["ntl@iterations=4", "ntl@iterations=10"]
+    for name, row in rows.items():
+        (summary,) = found[name]
+        worst = summary["restricted"]["worst_case"]
+        assert row["standing"]["ratio"] == [summary["intactness"]["ratio"], None]
+        assert row["standing"]["end"][0] == pytest.approx(worst["protected"]["final"] - worst["scratch"]["final"])
+        along = worst["protected"]["along_the_way"] - worst["scratch"]["along_the_way"]
+        assert row["standing"]["along"][0] == pytest.approx(along)
+    assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("tolerance=0.1", "a sweep is defence.FIELD=V1,V2,"),
+        ("defence.tolerance=", "a sweep is defence.FIELD=V1,V2,"),
+        ("defence.tolerance=0.1,0.1", "a value is swept twice"),
+        ("defence.nosuch=1,2", "nosuch"),
+    ],
+)
+def test_what_cannot_be_swept(several: Path, tmp_path: Path, sweep: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_comparison(several, ["ntl"], [], 1, tmp_path, sweep)
+
+
 def test_it_goes_on_where_it_was(compared: Path, several: Path) -> None:
     before = (compared / "seed-1" / "ntl" / "records.jsonl").read_bytes()
     plans = plan_comparison(several, [], [], 2, compared)

@@ -95,6 +95,7 @@ ORDER = [
     "report.figures",
     "report.maps",
     "report.pictures",
+    "report.frontier",
     "report.write",
     "inputs",
     "protection",

@@ -249,6 +249,10 @@ def compare(
     attack: Annotated[
         str | None, typer.Option(metavar="NAME", help="The attack with a column and a figure of its own.")
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=V1,V2,…", help="Each preset with each value, as defence.tolerance=0.01,0.05."),
+    ] = None,
     changes: Set = None,
     resume: Resume = False,
     jobs: Jobs = None,
@@ -259,7 +263,7 @@ def compare(
     from holdfast.report.compare import as_markdown, write_comparison
 
     chosen = [p.strip() for p in presets.split(",")] if presets else []
-    plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out)
+    plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out, sweep)
     check_comparison(plans, attack)
     found = run_comparison(plans, resume, Reporter(quiet))
     column = attack or column_attack(plans)

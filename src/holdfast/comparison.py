@@ -38,10 +38,13 @@ def presets_of(source: str | Path) -> list[str]:
 
 
 def plan_comparison(
-    source: str | Path, presets: Sequence[str], changes: Sequence[str], seeds: int, out: Path
+    source: str | Path, presets: Sequence[str], changes: Sequence[str], seeds: int, out: Path, sweep: str | None = None
 ) -> list[Plan]:
     """Every preset × protection seed, folder `out/seed-S/PRESET`. `UserError` where presets differ in more than the
-    defence."""
+    defence.
+
+    `sweep`: `defence.FIELD=V1,V2,…`; then every preset with each value, as `PRESET@FIELD=V`.
+    """
     known = presets_of(source)
     chosen = list(presets) or known
     require(bool(chosen), f"{source} has no presets to compare; each lays a `defence` over the recipe")
@@ -58,18 +61,35 @@ def plan_comparison(
         "a comparison has the seeds 0 … n − 1; give --seeds N instead of seed=…",
     )
     plans = []
+    named = [(f"{p}{label}", p, extra) for p in chosen for label, extra in _swept(sweep)]
+    labels = [label for label, _, _ in named]
     for seed in range(seeds):
-        recipes = [load_recipe(source, p, [*changes, f"seed={seed}"]) for p in chosen]
-        for preset, recipe in zip(chosen[1:], recipes[1:], strict=True):
+        recipes = [load_recipe(source, p, [*changes, *extra, f"seed={seed}"]) for _, p, extra in named]
+        for preset, recipe in zip(labels[1:], recipes[1:], strict=True):
             differ = _differences(recipes[0], recipe)
             if differ:
                 raise UserError(
-                    f"presets {chosen[0]} and {preset} differ in {', '.join(differ)}; only the defence may differ"
+                    f"presets {labels[0]} and {preset} differ in {', '.join(differ)}; only the defence may differ"
                 )
         folder = out / f"seed-{seed}"
-        for preset, recipe in zip(chosen, recipes, strict=True):
-            plans.append(Plan(preset, seed, recipe, folder / preset, folder, folder / chosen[0]))
+        for preset, recipe in zip(labels, recipes, strict=True):
+            plans.append(Plan(preset, seed, recipe, folder / preset, folder, folder / labels[0]))
     return plans
+
+
+def _swept(sweep: str | None) -> list[tuple[str, list[str]]]:
+    """What is added to a preset's name, and the change, for each value; one of neither without a sweep."""
+    if sweep is None:
+        return [("", [])]
+    key, _, given = sweep.partition("=")
+    key, values = key.strip(), [v.strip() for v in given.split(",")]
+    require(
+        key.startswith("defence.") and all(values) and not any("/" in v for v in values),
+        f"a sweep is defence.FIELD=V1,V2,… such as defence.tolerance=0.01,0.02,0.05; got '{sweep}'",
+    )
+    require(len(set(values)) == len(values), f"a value is swept twice: {given}")
+    field = key.removeprefix("defence.")
+    return [(f"@{field}={v}", [f"{key}={v}"]) for v in values]
 
 
 def _differences(first: Recipe, second: Recipe) -> list[str]:

@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 from holdfast.errors import require
 from holdfast.files import write_atomic, write_json
 from holdfast.report.figures import band, metric_axis, png, steps_axis
+from holdfast.report.frontier import COLOURS, frontier, standing
 from holdfast.scales import ACCURACY, Scale, scale_of
 from holdfast.statistics import deviation, mean
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 STYLES = ("-", "-.", (0, (1, 1)))
 
 
 def write_comparison(out: Path, found: Summaries, attack: str, title: str = "comparison") -> dict[str, Any]:
-    """Write `comparison.json`, `comparison.md` and two figures into `out`; return the JSON's contents.
+    """Write `comparison.json`, `comparison.md` and three figures into `out`; return the JSON's contents.
 
     `attack`: whose curves are drawn and whose final metric is a column, the paper's own as a rule. Values are means
     over protection seeds of means over audit seeds; ± is the sample deviation over protection seeds (for one protection
@@ -38,6 +38,9 @@ def write_comparison(out: Path, found: Summaries, attack: str, title: str = "com
         "controls": _controls(found, attack),
     }
     write_json(out / "comparison.json", result)
+    stands = {name: row["standing"] for name, row in rows.items()}
+    drawn = frontier(stands, standing(next(iter(found.values())), "clean"), scale_of(str(result["metric"])))
+    write_atomic(out / "figures" / "frontier.png", drawn)
     write_atomic(out / "figures" / "beneficial.png", _beneficial(rows, scale_of(str(result["metric"]))))
     write_atomic(out / "figures" / "malicious.png", _malicious(found, attack))
     write_atomic(out / "comparison.md", as_markdown(result))
@@ -59,6 +62,7 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     return {
         "before": _spread([s["intactness"]["before"] for s in summaries]),
         "after": _spread([s["intactness"]["after"] for s in summaries]),
+        "standing": standing(summaries),
         "attack": _spread([a["protected"][-1] for a in ends], _within(ends[0], ends[0]["deviation"]["protected"][-1])),
         "worst": _spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
         "worst_attacks": sorted({w["attack"] for w in worst}),
@@ -176,7 +180,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Reports: {'; '.join(links)}. Figures: [original metric](figures/beneficial.png), [restricted metric]"
-        "(figures/malicious.png).",
+        "(figures/malicious.png), [intactness against the worst case](figures/frontier.png).",
     ]
     if any(row["unprotected"] for row in result["rows"].values()):
         lines += [
@@ -199,7 +203,7 @@ def _beneficial(rows: Mapping[str, Mapping[str, Any]], scale: Scale) -> bytes:
     )
     before = mean([r["before"][0] for r in rows.values()])
     axes.axhline(scale.plotted(before), color="#555555", linestyle=":", linewidth=1.2, label="unprotected")
-    axes.tick_params(axis="x", rotation=30 if len(rows) > 6 else 0)
+    axes.tick_params(axis="x", rotation=30 if sum(map(len, rows)) > 50 else 0)
     axes.set_ylabel(f"original {scale.titled}")
     figure.legend(loc="outside upper right", fontsize=8, frameon=False)
     return png(figure)

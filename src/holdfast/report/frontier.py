@@ -1,0 +1,67 @@
+"""The frontier of a comparison: what a defence keeps of the original domain against what it leaves to an attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from holdfast.report.figures import png
+from holdfast.scales import Scale
+from holdfast.statistics import deviation, mean
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
+MARKERS = "osD^vP*X"
+MEASURED = {"end": "at the end", "along": "along the way"}
+
+
+def standing(summaries: Sequence[Mapping[str, Any]], model: str = "protected") -> dict[str, Any]:
+    """Where a model stands: `ratio`, its intactness (1 for the clean one), and `end` and `along`, how far its
+    worst case is ahead of scratch's, each with the sample deviation over protections (None for one)."""
+
+    def ahead(key: str) -> list[float]:
+        worst = [s["restricted"]["worst_case"] for s in summaries]
+        return [w[model][key] - w["scratch"][key] for w in worst]
+
+    ratios = [s["intactness"]["ratio"] if model == "protected" else 1.0 for s in summaries]
+    return {n: _spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}
+
+
+def _spread(values: Sequence[float]) -> list[float | None]:
+    return [mean(values), deviation(values) if len(values) > 1 else None]
+
+
+def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], scale: Scale) -> bytes:
+    """PNG. Two panels: at the end, along the way. One curve a defence, a point for each value that was swept
+    (`defence@field=value`); `rows` and `clean`: what `standing` has found."""
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, 2, sharex=True)
+    curves: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for name, found in rows.items():
+        defence, _, value = name.partition("@")
+        curves.setdefault(defence, []).append((value, found))
+    for axes, (key, title) in zip(panels, MEASURED.items(), strict=True):
+        axes.axhspan(-1000, 0, color="#f1f6f1", zorder=0)
+        axes.axhline(0, color="#999999", linestyle=":", linewidth=1.2)
+        for i, (defence, points) in enumerate(curves.items()):
+            ordered = sorted(points, key=lambda p: float(p[1]["ratio"][0]))
+            xs = [float(p["ratio"][0]) for _, p in ordered]
+            ys = [scale.width(float(p[key][0])) for _, p in ordered]
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(xs, ys, linewidth=1.4, markersize=5, label=defence if key == "end" else None, **style)  # type: ignore[arg-type]
+            for x, y, (value, _) in zip(xs, ys, ordered, strict=True):
+                short = value.rpartition("=")[2]
+                axes.annotate(short, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color="#555555")
+        star: dict[str, Any] = {"marker": "*", "markersize": 12, "color": "#555555", "linestyle": ""}
+        label = "unprotected" if key == "end" else None
+        axes.plot([1.0], [scale.width(float(clean[key][0]))], label=label, **star)
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        room = 0.12 * max(1e-9, max(high, 0) - min(low, 0))
+        axes.set_ylim(min(low, 0) - room, max(high, 0) + room)
+        axes.set_xlabel("intactness: original test metric after ÷ before")
+        axes.set_ylabel(f"worst case ahead of scratch, {scale.unit}")
+        axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=min(6, len(curves) + 1), fontsize=8, frameon=False)
+    return png(figure)
