@@ -43,12 +43,13 @@ def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], sc
         defence, _, value = name.partition("@")
         curves.setdefault(defence, []).append((value, found))
     for axes, (key, title) in zip(panels, MEASURED.items(), strict=True):
-        axes.axhspan(-1000, 0, color="#f1f6f1", zorder=0)
+        heights = [0.0, scale.width(float(clean[key][0]))]
         axes.axhline(0, color="#999999", linestyle=":", linewidth=1.2)
         for i, (defence, points) in enumerate(curves.items()):
             ordered = sorted(points, key=lambda p: float(p[1]["ratio"][0]))
             xs = [float(p["ratio"][0]) for _, p in ordered]
             ys = [scale.width(float(p[key][0])) for _, p in ordered]
+            heights += ys
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             axes.plot(xs, ys, linewidth=1.4, markersize=5, label=defence if key == "end" else None, **style)  # type: ignore[arg-type]
             for x, y, (value, _) in zip(xs, ys, ordered, strict=True):
@@ -57,9 +58,10 @@ def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], sc
         star: dict[str, Any] = {"marker": "*", "markersize": 12, "color": "#555555", "linestyle": ""}
         label = "unprotected" if key == "end" else None
         axes.plot([1.0], [scale.width(float(clean[key][0]))], label=label, **star)
-        low, high = axes.dataLim.y0, axes.dataLim.y1
-        room = 0.12 * max(1e-9, max(high, 0) - min(low, 0))
-        axes.set_ylim(min(low, 0) - room, max(high, 0) + room)
+        low, high = min(heights), max(heights)
+        room = 0.12 * max(high - low, 1e-6)
+        axes.set_ylim(low - room, high + room)
+        axes.axhspan(low - room, 0, color="#f1f6f1", zorder=0)  # no better than from scratch
         axes.set_xlabel("intactness: original test metric after ÷ before")
         axes.set_ylabel(f"worst case ahead of scratch, {scale.unit}")
         axes.set_title(title, fontsize=10)
