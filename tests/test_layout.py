@@ -103,6 +103,7 @@ ORDER = [
     "pipeline",
     "comparison",
     "report.compare",
+    "tuning",
     "exits",
     "cli",
 ]

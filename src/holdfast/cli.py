@@ -1,4 +1,4 @@
-"""The command line: `holdfast run | pretrain | protect | audit | report | compare | demo | list`."""
+"""The command line: `holdfast run | pretrain | protect | audit | report | compare | tune | demo | list`."""
 
 from __future__ import annotations
 
@@ -269,6 +269,29 @@ def compare(
     column = attack or column_attack(plans)
     table = current().agreed(lambda: as_markdown(write_comparison(out, found, column, plans[0].recipe.name)))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")
+
+
+@app.command()
+def tune(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="One or more: the validation pairs.")],
+    out: Out,
+    space: Annotated[
+        list[str], typer.Option(metavar="KEY=…", help="What is searched: defence.spread=0.25..4, defence.close=2,4.")
+    ],
+    trials: Annotated[int, typer.Option(help="How many settings are tried.")] = 20,
+    preset: Preset = None,
+    changes: Set = None,
+    resume: Resume = False,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search a defence's hyper-parameters against the audit of one or more recipes."""
+    from holdfast.tuning import Tuning, as_table, parse_axis
+
+    given = [*(changes or []), *_workers(jobs, ray)]
+    search = Tuning(recipes, [parse_axis(s) for s in space], out, preset, given, Reporter(quiet))
+    typer.echo(f"\n{as_table(search.run(trials, resume))}\n{(out / 'tune.json').resolve()}")
 
 
 @app.command(name="list")

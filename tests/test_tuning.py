@@ -1,0 +1,101 @@
+"""The defender's search: what it tries, what it calls good, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from holdfast.errors import UserError
+from holdfast.tuning import Axis, Tuning, as_table, parse_axis, score
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    data: dict[str, Any] = {
+        "name": "pair",
+        "original": {"data": "digits[0-4]", "per_class": 60, "test_per_class": 20},
+        "restricted": {"data": "digits[5-9]", "per_class": 60, "test_per_class": 20},
+        "model": {"name": "small_conv", "size": 8, "channels": 1, "options": {"width": 8}},
+        "pretrain": {"steps": 60, "batch_size": 50, "lr": 0.005},
+        "audit": {
+            "battery": "own",
+            "steps": 6,
+            "seeds": 1,
+            "evaluations": 2,
+            "attacks": [{"name": "plain", "tuning": {"initialise": "head", "optimiser": "adam", "lr": 0.01}}],
+        },
+        "runtime": {"precision": "float32", "jobs": 1},
+        "defence": {"name": "ntl", "iterations": 4, "check_every": 2, "probe_steps": 2},
+    }
+    path = tmp_path_factory.mktemp("pair") / "pair.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return str(path)
+
+
+def test_axes() -> None:
+    assert parse_axis("defence.spread=0.25..4") == Axis("defence.spread", 0.25, 4.0)
+    assert parse_axis("defence.spread=0.25..4").log
+    assert not parse_axis("defence.repair=0.2..0.8").log
+    assert parse_axis("defence.close=2..8").whole
+    assert parse_axis("defence.lr=1e-4..1e-2") == Axis("defence.lr", 1e-4, 1e-2)
+    assert parse_axis("defence.update=joint, alternating").choices == ("joint", "alternating")
+    assert parse_axis("defence.close=2..8").holds(4)
+    assert not parse_axis("defence.close=2..8").holds(9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("spread=1..2", "what is searched is defence.FIELD=LOW..HIGH"),
+        ("defence.spread", "what is searched is defence.FIELD=LOW..HIGH"),
+        ("defence.spread=2..1", "'defence.spread=2..1' is no range"),
+        ("defence.spread=1e..2", "is no range"),
+        ("defence.spread=1", "leaves nothing to choose"),
+    ],
+)
+def test_bad_axes(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_axis(text)
+
+
+def test_a_lost_point_of_intactness_costs_ten() -> None:
+    worst = {"protected": {"final": 0.5, "along_the_way": 0.4}, "scratch": {"final": 0.52, "along_the_way": 0.39}}
+    summary = {"restricted": {"worst_case": worst}, "intactness": {"ratio": 0.96}}
+    found = score(summary)
+    assert found["ahead"] == pytest.approx(0.01)
+    assert found["loss"] == pytest.approx(0.01 + 10 * 0.01)
+    summary["intactness"] = {"ratio": 0.98}
+    assert score(summary)["loss"] == pytest.approx(0.01)
+
+
+def test_it_tries_the_recipes_own_setting_first_and_goes_on_where_it_was(recipe: str, tmp_path: Path) -> None:
+    axes = [parse_axis("defence.iterations=2..8"), parse_axis("defence.factor=0.05..0.5")]
+    first = Tuning([recipe], axes, tmp_path).run(2)
+    assert first["trials"][0]["setting"]["defence.iterations"] == 4
+    assert len(first["trials"]) == 2
+    with pytest.raises(UserError, match="already holds a search; add --resume"):
+        Tuning([recipe], axes, tmp_path).run(3)
+    with pytest.raises(UserError, match="holds another search"):
+        Tuning([recipe], axes[:1], tmp_path).run(3, resume=True)
+    # A try that was killed: asked for, never told.
+    search = Tuning([recipe], axes, tmp_path)
+    left = search._study(tmp_path / "study.log").ask()
+    setting = {a.key: a.suggest(left) for a in axes}
+    result = search.run(3, resume=True)
+    assert [t["setting"] for t in result["trials"][:2]] == [t["setting"] for t in first["trials"]]
+    assert result["trials"][2]["setting"] == setting
+    assert result == json.loads((tmp_path / "tune.json").read_text())
+    assert result["best"]["loss"] == min(t["loss"] for t in result["trials"])
+    assert "best: --set defence.iterations=" in as_table(result)
+    # One clean model and one set of controls for all.
+    runs = sorted(p.parent.name for p in (tmp_path / "pair").glob("try-*/summary.json"))
+    assert len(runs) == 3
+    scratch = {
+        json.loads((tmp_path / "pair" / r / "summary.json").read_text())["restricted"]["worst_case"]["scratch"]["final"]
+        for r in runs
+    }
+    assert len(scratch) == 1
