@@ -69,8 +69,8 @@ class Lockout(Guarded):
     spread: float = 1.0
     fisher: float = 0.0
     answer: float = 0.0
-    distillation: float = 1.0
-    iterations: int = 60
+    distillation: float = 2.0
+    iterations: int = 120
     steps: int = 20  # of Adam an iteration
     lr: float = 1e-3
     batch_size: int = 100  # of each domain
