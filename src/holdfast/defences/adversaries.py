@@ -25,7 +25,7 @@ TRAINED: tuple[Train, ...] = ("all", "head", "lora")
 
 @dataclass(frozen=True)
 class Adversaries(Guarded):
-    """What the simulated adversaries are drawn from, each value uniformly. The defaults are the paper's; `last-k`, what
+    """What suppresses the simulated adversaries, and what they are drawn from, each value uniformly. The defaults are the paper's; `last-k`, what
     is trained, and `inner_edits` are ours, all as the audit has them.
 
     `inner_edits`: edits of which an adversary makes one, or, as often, none. Suppression takes the gradient at the
@@ -33,6 +33,7 @@ class Adversaries(Guarded):
     start (first order); so only edits that keep every weight's name and scale can be simulated.
     """
 
+    suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
     adversaries: int = 3  # N; paper: one task on each of three GPUs, §5.1.1
     inner_steps: int = 50  # K; paper: 50
     inner_initialise: tuple[Initialise, ...] = (

@@ -48,7 +48,6 @@ class Sophon(Adversaries):
     those drawn. Against adversaries who undo in a few steps whatever little there is yet, nothing ever begins.
     """
 
-    suppression: str | None = None  # paper: ICE (Eq. 11) or KLU (Eq. 13), §4.3.1; DoS (Eq. 16), §4.3.2; null: ICE, DoS
     evaluate_every: int = (
         1  # s; paper: every step. Ours: every s-th only, from a step drawn for each adversary, s·γ each
     )
