@@ -246,7 +246,10 @@ def main() -> None:
         name, what, k = arguments.peak
         print(peak_above_start_mb(name, what, int(k), runtime))
         return
-    results = [measure(name, arguments, runtime) for name in arguments.models]
+    results = []
+    for name in arguments.models:
+        results.append(measure(name, arguments, runtime))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)  # minutes each: nothing is lost with the next
     print(json.dumps({"results": results, "pairs": arguments.pairs, **provenance(runtime, {})}, indent=2))
 
 

@@ -25,8 +25,8 @@ TRAINED: tuple[Train, ...] = ("all", "head", "lora")
 
 @dataclass(frozen=True)
 class Adversaries(Guarded):
-    """What suppresses the simulated adversaries, and what they are drawn from, each value uniformly. The defaults are the paper's; `last-k`, what
-    is trained, and `inner_edits` are ours, all as the audit has them.
+    """What suppresses the simulated adversaries, and what they are drawn from, each value uniformly. The defaults are
+    the paper's; `last-k`, what is trained, and `inner_edits` are ours, all as the audit has them.
 
     `inner_edits`: edits of which an adversary makes one, or, as often, none. Suppression takes the gradient at the
     edited weights for that at the protected ones, name by name, as it takes those along the path for those at its
