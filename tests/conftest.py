@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from holdfast.cells import Bench, Ground
 from holdfast.domains import Domain, load_domain
 from holdfast.models import Architecture, State
 from holdfast.pretraining import pretrain
@@ -100,3 +101,18 @@ def recipe_file(tiny_recipe: dict[str, object], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe))
     return path
+
+
+@pytest.fixture
+def bench(
+    original: Domain,
+    restricted: Domain,
+    architecture: Architecture,
+    clean_state: State,
+    task: Classification,
+    runtime: Runtime,
+) -> Bench:
+    """Two seeds of an audit of 6 steps whose protected model is the clean one."""
+    ground = Ground((restricted.train, restricted.train), restricted.validation, restricted.test, 5)
+    states = {"protected": clean_state, "clean": clean_state}
+    return Bench(states, architecture, 5, ground, task, runtime, 6, 2, "p", (original.train,) * 2, ground)

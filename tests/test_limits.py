@@ -7,30 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from holdfast.cells import Bench, Ground
-from holdfast.domains import Domain
+from holdfast.cells import Bench
 from holdfast.limits import PROBED, depth_of, fitted, limits, measure_limits, probes
 from holdfast.models import Architecture, State
 from holdfast.report.maps import limit_curves
 from holdfast.report.words import limit
-from holdfast.runtime import Runtime
 from holdfast.scales import ACCURACY
-from holdfast.tasks import Classification
 
 
 @pytest.fixture
-def bench(
-    original: Domain,
-    restricted: Domain,
-    architecture: Architecture,
-    clean_state: State,
-    task: Classification,
-    runtime: Runtime,
-) -> Bench:
-    ground = Ground((restricted.train, restricted.train), restricted.validation, restricted.test, 5)
+def bench(bench: Bench, clean_state: State) -> Bench:
+    """The protected model has a layer of zeros."""
     constant = {n: torch.zeros_like(v) if n == "9.weight" else v for n, v in clean_state.items()}
-    states = {"protected": constant, "clean": clean_state}
-    return Bench(states, architecture, 5, ground, task, runtime, 6, 2, "p")
+    return replace(bench, states={"protected": constant, "clean": clean_state})
 
 
 def test_a_regression_finds_what_is_there_and_nothing_else() -> None:

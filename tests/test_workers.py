@@ -16,31 +16,12 @@ from holdfast.attacks.attack import Attack
 from holdfast.attacks.preparation import Heal
 from holdfast.attacks.structure import LeakyActivations
 from holdfast.audit import AuditFiles, applicable, plan_benign, plan_cells, plan_searches, run_audit
-from holdfast.cells import Bench, CellSpec, Ground, run_cell
-from holdfast.domains import Domain
+from holdfast.cells import Bench, CellSpec, run_cell
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
-from holdfast.models import Architecture, State
 from holdfast.progress import Reporter
 from holdfast.records import Record, RecordFile
-from holdfast.runtime import Runtime
-from holdfast.tasks import Classification
 from holdfast.workers import needed, released, run_all
-
-
-@pytest.fixture
-def bench(
-    original: Domain,
-    restricted: Domain,
-    architecture: Architecture,
-    clean_state: State,
-    task: Classification,
-    runtime: Runtime,
-) -> Bench:
-    ground = Ground((restricted.train, restricted.train), restricted.validation, restricted.test, 5)
-    states = {"protected": clean_state, "clean": clean_state}
-    return Bench(states, architecture, 5, ground, task, runtime, 6, 2, "p", (original.train,) * 2, ground)
-
 
 ATTACKS = (
     Attack("plain", FineTuning("head", optimiser="adam", lr=1e-3, steps=6)),
