@@ -114,6 +114,7 @@ class TestBatteries:
         )
         assert parse_recipe(recipe.as_dict()).audit.attacks == (attack,)
         for wrong, message in (
+            ({"edits": [3]}, "an edit is a name, or a mapping with a name; got 3"),
             ({"edits": ["nosuch"]}, "unknown edit 'nosuch'; valid: .*leaky"),
             ({"edits": [{"name": "noise", "scale": 0}]}, "scale must be positive"),
             ({"search": {"lr": [0]}}, "search.lr must lie in"),

@@ -139,6 +139,8 @@ def test_a_sweep_is_a_run_for_each_value_and_a_frontier(several: Path, tmp_path:
     [
         ("tolerance=0.1", "a sweep is defence.FIELD=V1,V2,"),
         ("defence.tolerance=", "a sweep is defence.FIELD=V1,V2,"),
+        ("defence.=1,2", "a sweep is defence.FIELD=V1,V2,"),
+        ("defence.name=ntl,sophon", "a sweep is defence.FIELD=V1,V2,"),
         ("defence.tolerance=0.1,0.1", "a value is swept twice"),
         ("defence.nosuch=1,2", "nosuch"),
     ],

@@ -299,6 +299,16 @@ def _arch() -> Architecture:
     return Architecture("small_conv", size=8, channels=1, options={"width": 8})
 
 
+def test_the_attackers_images_are_of_all_classes(means: Means) -> None:
+    order = torch.argsort(means.restricted.labels, stable=True)
+    sorted_by_class = replace(means, restricted=means.restricted.subset(order))
+    shown = sorted_by_class.images(20)
+    where = torch.arange(20) * len(order) // 20
+    expected, labels = sorted_by_class.restricted.batch(where, means.runtime)
+    assert torch.equal(shown, expected)
+    assert len(labels.unique()) == len(means.restricted.labels.unique())
+
+
 class TestStandardised:
     @pytest.mark.parametrize("network", ["small_conv", "resnet18", "vit_tiny_patch16_224"])
     def test_what_every_layer_but_the_first_reads_has_mean_0_and_variance_1(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from holdfast.cells import Bench
 from holdfast.limits import PROBED, depth_of, fitted, limits, measure_limits, probes
@@ -36,7 +37,7 @@ def test_a_regression_finds_what_is_there_and_nothing_else() -> None:
 
 
 def test_every_layer_of_every_model(bench: Bench) -> None:
-    found = [r for rows in measure_limits(bench, 2) for r in rows]
+    found = [r for rows in measure_limits(bench, probes(bench), 2) for r in rows]
     names = [a.name for a in probes(bench)]
     assert [depth_of(n) for n in names] == ["3", "6", "9", "14"]
     assert {(r.model, r.attack, r.seed, r.split) for r in found} == {
@@ -47,7 +48,7 @@ def test_every_layer_of_every_model(bench: Bench) -> None:
     assert table["9"]["protected"]["mean"] == table["9"]["clean"]["mean"], "before it all is as it was"
     assert table["14"]["clean"]["mean"] > table["14"]["scratch"]["mean"] > 0.25
     known = {(r.model, r.attack, r.seed) for r in found if r.seed == 0}
-    assert {r.seed for rows in measure_limits(bench, 2, known) for r in rows} == {1}
+    assert {r.seed for rows in measure_limits(bench, probes(bench), 2, known) for r in rows} == {1}
     assert limit_curves(limits(found), 0.2, ACCURACY).startswith(b"\x89PNG")
     words = limit({"limits": limits(found), "restricted": {"metric": "accuracy"}})
     assert words.startswith("Probes on the protected model know −")
@@ -59,3 +60,35 @@ def test_no_more_than_six_of_a_deep_network(bench: Bench) -> None:
     found = [depth_of(a.name) for a in probes(replace(bench, architecture=deep, states={"clean": state}))]
     assert len(found) == len(set(found)) == 6
     assert found[-1] == "fc"
+
+
+def test_a_model_that_overflows_is_measured_too() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=rng).double()
+    y = (x[:, 0] > 0).long()
+    x[3, 1], x[4, 2] = float("inf"), float("nan")
+    assert 0.0 <= fitted(dict.fromkeys(("train", "validation", "test"), (x, y)))["test"] <= 1.0
+
+
+class _Windows(nn.Module):
+    """A layer that sees four windows of each image, and a table that sees none."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
+        self.table, self.head = nn.Linear(2, 4), nn.Linear(4, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        maps = self.first(inputs)
+        windows = maps.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4).mean(4).permute(0, 2, 3, 1).reshape(-1, 1, 4)
+        inner = self.inner(windows).view(len(inputs), 4, 4).mean(1)
+        return self.head(inner + self.table(torch.ones(1, 2, device=inputs.device)))
+
+
+def test_layers_that_do_not_see_an_image_a_row_are_not_probed(bench: Bench) -> None:
+    architecture = Architecture("windows", size=8, channels=1, factory=_Windows)
+    given = replace(bench, architecture=architecture, states={"clean": _Windows(5).state_dict()})
+    (probe,) = probes(given)
+    assert depth_of(probe.name) == "head"
+    (first, *_) = measure_limits(given, [probe], 1, {("protected", probe.name, 0)})
+    assert first[0].model == "clean"

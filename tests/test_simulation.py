@@ -1,6 +1,7 @@
 """Simulated fine-tuning against an independent unroll, in which K graphs are kept and nothing of ours is used."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +275,12 @@ class TestSimulator:
         one, two, other = (self.run(simulator, model, tuning, seed)[1] for seed in (1, 1, 2))
         assert all(torch.equal(one[k], two[k]) for k in one)
         assert any(not torch.equal(one[k], other[k]) for k in one)
+        adapted = replace(tuning, train="lora", rank=2)
+        torch.manual_seed(0)
+        first = self.run(simulator, model, adapted, 1)[1]
+        torch.manual_seed(1)
+        second = self.run(simulator, model, adapted, 1)[1]
+        assert all(torch.equal(first[k], second[k]) for k in first), "adapters are drawn by the seed too"
 
     def test_simulation_is_the_audits_fine_tuning(self, architecture, clean_state, restricted, task, runtime) -> None:
         """The adversary that is simulated walks the path that the audit would walk with the same draw."""

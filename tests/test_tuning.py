@@ -40,11 +40,13 @@ def test_axes() -> None:
     assert parse_axis("defence.spread=0.25..4") == Axis("defence.spread", 0.25, 4.0)
     assert parse_axis("defence.spread=0.25..4").log
     assert not parse_axis("defence.repair=0.2..0.8").log
-    assert parse_axis("defence.close=2..8").whole
     assert parse_axis("defence.lr=1e-4..1e-2") == Axis("defence.lr", 1e-4, 1e-2)
     assert parse_axis("defence.update=joint, alternating").choices == ("joint", "alternating")
-    assert parse_axis("defence.close=2..8").holds(4)
-    assert not parse_axis("defence.close=2..8").holds(9)
+    assert parse_axis("defence.inner_lr=[1e-3, 1e-2], [1e-4]").choices == ("[1e-3, 1e-2]", "[1e-4]")
+    assert parse_axis("defence.close=2..8").own(4) == 4
+    assert parse_axis("defence.close=2..8").own(9) is None
+    assert parse_axis("defence.close=2..8").own("alternating") is None
+    assert parse_axis("defence.shift=true,false").own(True) == "true"
 
 
 @pytest.mark.parametrize(
@@ -73,29 +75,60 @@ def test_a_lost_point_of_intactness_costs_ten() -> None:
 
 
 def test_it_tries_the_recipes_own_setting_first_and_goes_on_where_it_was(recipe: str, tmp_path: Path) -> None:
-    axes = [parse_axis("defence.iterations=2..8"), parse_axis("defence.factor=0.05..0.5")]
+    axes = [parse_axis("defence.iterations=2..8"), parse_axis("defence.factor=1..4")]
     first = Tuning([recipe], axes, tmp_path).run(2)
-    assert first["trials"][0]["setting"]["defence.iterations"] == 4
+    assert first["trials"][0]["setting"] == {"defence.iterations": 4, "defence.factor": 2.0}
     assert len(first["trials"]) == 2
     with pytest.raises(UserError, match="already holds a search; add --resume"):
         Tuning([recipe], axes, tmp_path).run(3)
-    with pytest.raises(UserError, match="holds another search"):
+    with pytest.raises(UserError, match="holds a search with another space"):
         Tuning([recipe], axes[:1], tmp_path).run(3, resume=True)
     # A try that was killed: asked for, never told.
-    search = Tuning([recipe], axes, tmp_path)
+    search = Tuning([recipe], axes, tmp_path, workers=["runtime.jobs=2"])  # who computes is no part of the search
     left = search._study(tmp_path / "study.log").ask()
-    setting = {a.key: a.suggest(left) for a in axes}
+    setting = {a.key: a.suggest(left) for a in search.axes}
     result = search.run(3, resume=True)
     assert [t["setting"] for t in result["trials"][:2]] == [t["setting"] for t in first["trials"]]
     assert result["trials"][2]["setting"] == setting
     assert result == json.loads((tmp_path / "tune.json").read_text())
     assert result["best"]["loss"] == min(t["loss"] for t in result["trials"])
     assert "best: --set defence.iterations=" in as_table(result)
+    again = Tuning([recipe], axes, tmp_path).run(5, resume=True)["trials"]
+    assert len({json.dumps(t["setting"]) for t in again}) == 5, "a search that goes on draws something new"
     # One clean model and one set of controls for all.
     runs = sorted(p.parent.name for p in (tmp_path / "pair").glob("try-*/summary.json"))
-    assert len(runs) == 3
+    assert len(runs) == 5
     scratch = {
         json.loads((tmp_path / "pair" / r / "summary.json").read_text())["restricted"]["worst_case"]["scratch"]["final"]
         for r in runs
     }
     assert len(scratch) == 1
+
+
+def test_what_cannot_be_searched_is_said_before_any_work(recipe: str, tmp_path: Path) -> None:
+    for space, message in (
+        ("defence.nosuch=1..2", "unknown key 'defence.nosuch'"),
+        ("defence.tolerance=0.1..3", "tolerance must lie"),
+        ("defence.auxiliary=restricted,nosuch", "nosuch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tuning([recipe], [parse_axis(space)], tmp_path / "new").run(1)
+    assert not (tmp_path / "new").exists()
+    assert Tuning([recipe], [parse_axis("defence.tolerance=0..1")], tmp_path).axes[0].whole is False
+
+
+def test_a_setting_that_the_defence_refuses_is_passed_over(recipe: str, tmp_path: Path) -> None:
+    """Both ends are allowed, and what lies between is not."""
+    search = Tuning([recipe], [parse_axis("defence.iterations=2..8")], tmp_path)
+    plans = search.plans
+
+    def refusing(setting: Any, first: Any = None) -> Any:
+        if setting["defence.iterations"] != 4:
+            raise UserError("no")
+        return plans(setting, first)
+
+    search.plans = refusing  # type: ignore[method-assign]
+    result = search.run(3)
+    assert [t["setting"] for t in result["trials"]] == [{"defence.iterations": 4}] * len(result["trials"])
+    assert len(result["trials"]) + len(result["refused"]) == 3
+    assert result["refused"]

@@ -107,8 +107,8 @@ def plan_cells(
 ) -> list[CellSpec]:
     """Every cell of the grid attacks × seeds × models. `chosen`: what the searches found, by (model, attack).
 
-    From-scratch runs with the same optimisation are one cell. A defence has simulated an attack only where that edits
-    nothing.
+    From-scratch runs with the same optimisation are one cell. `simulates`: whether the defence trained against a tuning
+    after these edits.
     """
 
     def final(model: str, attack: Attack) -> tuple[Attack, dict[str, Any] | None]:

@@ -68,6 +68,12 @@ class Bench:
         benign = self.benign.to(runtime) if self.benign else None
         return replace(self, restricted=self.restricted.to(runtime), original=original, benign=benign)
 
+    def suited(self, attack: Attack) -> Bench:
+        """The same in float32, where an edit of the attack is lost on anything less."""
+        if not any(getattr(e, "exact", False) for e in attack.edits):
+            return self
+        return replace(self, runtime=replace(self.runtime, precision="float32"))
+
     def curve(self, last: int) -> list[int]:
         """Steps after 0 at which a run of `last` steps is measured. A budget of 2ⁿ times the audit's has n points more,
         so that its earlier ones are those of the others."""
@@ -202,7 +208,7 @@ def start(bench: Bench, prepared: Prepared, seed: int) -> nn.Module:
 def run_cell(bench: Bench, spec: CellSpec) -> Outcome:
     """Edit, initialise, fine-tune, evaluate along the way on validation and test data. An attack that diverges keeps
     its broken model to the end: the steps it did not make are recorded as that model's, marked `diverged`."""
-    began = time.monotonic()
+    began, bench = time.monotonic(), bench.suited(spec.attack)
     prepared = prepare(bench, spec.model, spec.attack, spec.seed, spec.benign)
     model = start(bench, prepared, spec.seed)
     architecture, ground, tuning = prepared.released.architecture, prepared.ground, spec.attack.tuning

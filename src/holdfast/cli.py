@@ -289,8 +289,8 @@ def tune(
     """Search a defence's hyper-parameters against the audit of one or more recipes."""
     from holdfast.tuning import Tuning, as_table, parse_axis
 
-    given = [*(changes or []), *_workers(jobs, ray)]
-    search = Tuning(recipes, [parse_axis(s) for s in space], out, preset, given, Reporter(quiet))
+    axes, who = [parse_axis(s) for s in space], _workers(jobs, ray)
+    search = Tuning(recipes, axes, out, preset, changes or [], who, Reporter(quiet))
     typer.echo(f"\n{as_table(search.run(trials, resume))}\n{(out / 'tune.json').resolve()}")
 
 

@@ -82,14 +82,27 @@ def _swept(sweep: str | None) -> list[tuple[str, list[str]]]:
     if sweep is None:
         return [("", [])]
     key, _, given = sweep.partition("=")
-    key, values = key.strip(), [v.strip() for v in given.split(",")]
+    key, values = key.strip(), listed(given)
     require(
-        key.startswith("defence.") and all(values) and not any("/" in v for v in values),
+        key.startswith("defence.") and key not in ("defence.", "defence.name") and bool(values) and "/" not in given,
         f"a sweep is defence.FIELD=V1,V2,… such as defence.tolerance=0.01,0.02,0.05; got '{sweep}'",
     )
     require(len(set(values)) == len(values), f"a value is swept twice: {given}")
     field = key.removeprefix("defence.")
     return [(f"@{field}={v}", [f"{key}={v}"]) for v in values]
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Values between commas, each as it was written; commas within brackets part nothing."""
+    found, depth = [""], 0
+    for sign in text:
+        depth += (sign in "[{(") - (sign in "]})")
+        if sign == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += sign
+    values = tuple(v.strip() for v in found)
+    return values if all(values) else ()
 
 
 def _differences(first: Recipe, second: Recipe) -> list[str]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from holdfast.seeding import generator
 
+CHUNK = 500  # images at a time: as float32 a test set may not fit
 NOISE, BLUR, CONTRAST, BRIGHTNESS, PIXELS, QUALITY = 0.08, 0.7, 0.4, 0.15, 0.85, 58
 
 
 def _noise(images: Tensor) -> Tensor:
-    """Gaussian, the same for the same images."""
+    """Gaussian, the same for each chunk."""
     return images + NOISE * torch.randn(images.shape, generator=generator(0, "corruption"))
 
 
@@ -34,7 +35,7 @@ def _contrast(images: Tensor) -> Tensor:
 
 
 def _brightness(images: Tensor) -> Tensor:
-    """Lighter."""
+    """Lighter: added to every channel, where CIFAR-10-C adds it to the value of HSV."""
     return images + BRIGHTNESS
 
 
@@ -69,7 +70,8 @@ CORRUPTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 def corrupted(images: Tensor, kind: str) -> Tensor:
     """Images as uint8 (n, c, h, w), corrupted, on the CPU; a function of `images` and `kind` alone."""
-    return _bytes(CORRUPTIONS[kind](images.cpu().float() / 255))
+    parts = [_bytes(CORRUPTIONS[kind](part.cpu().float() / 255)) for part in torch.split(images, CHUNK)]
+    return torch.cat(parts)
 
 
 def corruptions(channels: int) -> tuple[str, ...]:

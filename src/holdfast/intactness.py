@@ -26,6 +26,7 @@ from holdfast.training import evaluate
 
 ORIGINAL = "original domain"  # the "attack" under which intactness is recorded: none
 CALIBRATION = "calibration"
+BATCH = 100
 CALIBRATED = "1 − calibration error"  # its metric
 
 
@@ -40,7 +41,8 @@ def parts(original: Domain, task: Task) -> list[str]:
     """Names under which intactness is recorded, the whole domain first."""
     if not task.labelled:
         return [ORIGINAL]
-    classes = [f"class {c}" for c in original.classes]
+    present = set(torch.unique(original.test.labels).tolist())  # a class without test images has no accuracy
+    classes = [f"class {c}" for i, c in enumerate(original.classes) if i in present]
     kinds = [f"under {c}" for c in corruptions(original.test.images.shape[1])]
     return [ORIGINAL, *(f"{ORIGINAL} · {p}" for p in (CALIBRATION, *classes, *kinds))]
 
@@ -72,6 +74,7 @@ def measure_intactness(
         load_state(model, state)
         started = time.monotonic()
         for found in _measure(model, original, task, runtime):
+            seconds, started = time.monotonic() - started, time.monotonic()
             if (name, found.part) in known:
                 continue
             records.append(
@@ -86,7 +89,7 @@ def measure_intactness(
                     value=found.value,
                     loss=found.loss,
                     samples=0,
-                    seconds=round(time.monotonic() - started, 3),
+                    seconds=round(seconds, 3),
                     simulated=False,
                     diverged=False,
                     provenance=provenance,
@@ -110,9 +113,10 @@ def _measure(model: nn.Module, original: Domain, task: Task, runtime: Runtime) -
     error = calibration_error(confidence.tolist(), right.tolist())
     yield _Found(f"{ORIGINAL} · {CALIBRATION}", "test", CALIBRATED, 1 - error, None)
     labels = original.test.labels.cpu()
-    for index, name in enumerate(original.classes):
+    for index in torch.unique(labels).tolist():
+        name = original.classes[index]
         value = right[labels == index].float().mean().item()
-        yield _Found(f"{ORIGINAL} · class {name}", "test", metric, value if math.isfinite(value) else 0.0, None)
+        yield _Found(f"{ORIGINAL} · class {name}", "test", metric, value, None)
     images = original.test.images
     for kind in corruptions(images.shape[1]):
         changed = replace(original.test, images=corrupted(images, kind).to(images.device))
@@ -124,8 +128,8 @@ def _answers(model: nn.Module, data: ImageData, task: Task, runtime: Runtime) ->
     """The probability of each image's most likely class, (n,), and whether it is right, (n,)."""
     found: list[Tensor] = []
     with evaluating(model):
-        for start in range(0, len(data), 500):
-            images, labels = data.batch(torch.arange(start, min(start + 500, len(data))), runtime)
+        for start in range(0, len(data), BATCH):
+            images, labels = data.batch(torch.arange(start, min(start + BATCH, len(data))), runtime)
             with runtime.autocast():
                 outputs = task.forward(model, images, labels, start)
             confidence, answer = outputs.float().softmax(1).max(1)

@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.attack import Attack
+from holdfast.attacks.released import Released
 from holdfast.attacks.structure import EarlierLayer, Probe
 from holdfast.attacks.weights import BatchNormStatistics
 from holdfast.cells import Bench, prepare, start
 from holdfast.domains import ImageData
+from holdfast.features import Taps
 from holdfast.finetuning import FineTuning
-from holdfast.layers import evaluating
+from holdfast.layers import WEIGHT_LAYERS, evaluating, executed_layers
 from holdfast.models import load_state
 from holdfast.records import Record
 from holdfast.statistics import deviation, mean
 
 PROBED = ("protected", "clean", "scratch")  # scratch: random features, frozen as the others' are
 DEPTHS = 6  # at most so many layers, spread over the network
+BATCH = 100
+HUGE = 1e6  # what an overflow counts as
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # the inverse strength of the regulariser, chosen on validation data
 PREFIX = "probe · input of "
 
@@ -43,21 +47,29 @@ def probes(bench: Bench) -> list[Attack]:
     released = prepare(bench, "clean", Attack("as it is", tuning), 0).released
     refit = BatchNormStatistics()
     first = (refit,) if refit.obstacle(released) is None else ()  # random weights have no statistics of their own
-    found = []
-    k = 1
-    while EarlierLayer(k).obstacle(released) is None:
-        edit = EarlierLayer(k)
-        found.append(Attack(PREFIX + edit.layer(released), tuning, (*first, edit)))
-        k += 1
-    found.reverse()
-    count = min(DEPTHS, len(found))
-    return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]
+    layers = _layers(released)
+    count = min(DEPTHS, len(layers))
+    chosen = [layers[round(i * (len(layers) - 1) / max(1, count - 1))] for i in range(count)]
+    return [Attack(PREFIX + name, tuning, (*first, EarlierLayer(k))) for name, k in chosen]
 
 
-def measure_limits(bench: Bench, seeds: int, known: Collection[tuple[str, str, int]] = ()) -> Iterator[list[Record]]:
-    """Records of every probe, model and seed but those `known`, as they come: a logistic regression on standardised
-    features of the adversary's images, its penalty chosen on validation data."""
-    for attack in probes(bench):
+def _layers(released: Released) -> list[tuple[str, int]]:
+    """Layers that may be probed, first to last, each with its k, counted from the last: those whose input has one row
+    an image. (The layers of a window of attention, or of a table of positions, have not.)"""
+    model = released.architecture.build(released.classes)
+    example = released.architecture.example(3)
+    order = [n for n in executed_layers(model, example) if isinstance(model.get_submodule(n), WEIGHT_LAYERS)]
+    with torch.no_grad(), evaluating(model), Taps(model, order) as taps:
+        model(example)
+    return [(n, len(order) - i) for i, n in enumerate(order) if i and len(taps.values[i]) == len(example)]
+
+
+def measure_limits(
+    bench: Bench, attacks: Sequence[Attack], seeds: int, known: Collection[tuple[str, str, int]] = ()
+) -> Iterator[list[Record]]:
+    """Records of every probe (`attacks`), model and seed but those `known`, as they come: a logistic regression on
+    standardised features of the adversary's images, its penalty chosen on validation data."""
+    for attack in attacks:
         for seed in range(seeds):
             for model in PROBED:
                 if (model, attack.name, seed) not in known:
@@ -103,8 +115,8 @@ def _features(bench: Bench, probe: Any, data: ImageData) -> Tensor:
     assert isinstance(probe, Probe)
     found = []
     with evaluating(probe):
-        for begin in range(0, len(data), 500):
-            images, _ = data.batch(torch.arange(begin, min(begin + 500, len(data))), bench.runtime)
+        for begin in range(0, len(data), BATCH):
+            images, _ = data.batch(torch.arange(begin, min(begin + BATCH, len(data))), bench.runtime)
             found.append(probe.features(images).double().cpu())
     return torch.cat(found)
 
@@ -116,7 +128,7 @@ def fitted(data: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    sides = {n: (x.nan_to_num().numpy(), y.numpy()) for n, (x, y) in data.items()}
+    sides = {n: (x.nan_to_num(0.0, HUGE, -HUGE).clamp(-HUGE, HUGE).numpy(), y.numpy()) for n, (x, y) in data.items()}
     best: dict[str, float] = {}
     for penalty in PENALTIES:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=300))

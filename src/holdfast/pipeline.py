@@ -234,13 +234,13 @@ class Run:
 
     def _probe(self, bench: Bench, seeds: int, file: RecordFile) -> None:
         """Probe the layers of all models, where `file` lacks it."""
-        done = file.recover()
-        planned = [(m, a.name, s) for a in probes(bench) for s in range(seeds) for m in PROBED]
+        done, attacks = file.recover(), probes(bench)
+        planned = [(m, a.name, s) for a in attacks for s in range(seeds) for m in PROBED]
         left = sum(p not in done for p in planned)
         if not left:
             return
         with self.reporter.bar("probes", len(planned), len(planned) - left) as bar:
-            for found in measure_limits(bench.to(bench.runtime), seeds, done):
+            for found in measure_limits(bench.to(bench.runtime), attacks, seeds, done):
                 file.append(found)
                 bar.advance(f"{found[-1].model} · {found[-1].attack} · seed {found[-1].seed}")
 

@@ -154,6 +154,7 @@ def _try(
     for name, choices in axes(spec.attack, search).items():
         setting[name] = trial.suggest_categorical(name, choices)
     attack = resolved(spec.attack, setting)
+    bench = bench.suited(attack)
     prepared = tries.prepared(bench, spec.model, attack)
     model = start(bench, prepared, SEED)
     architecture, ground = prepared.released.architecture, prepared.ground

@@ -127,7 +127,8 @@ def accumulate_along_path(
     under the name that it maps to.
 
     The suppression loss sees batch statistics, like the adversary's own step: with running statistics a defence
-    could win by making them stale, and lose to anyone who re-estimates them. Returns the γ-weighted suppression loss;
+    could win by making them stale, and lose to anyone who re-estimates them. (An adversary who trains the head alone
+    keeps the body in evaluation mode, and the loss sees what it sees.) Returns the γ-weighted suppression loss;
     NaN where the adversary diverged.
     """
     by_name = dict(learner.named_parameters())
@@ -239,7 +240,8 @@ class Simulator:
         learner = self._learner(start.architecture, tuning, tuple(edits))
         fresh = tuning.initialise_from(learner, start.state, start.architecture, self.classes, derive(seed, "init"))
         fresh |= forgotten(edits, learner)
-        trained = tuning.choose_parameters(learner, start.architecture, self.classes)
+        with seeded(seed, "adapters"):
+            trained = tuning.choose_parameters(learner, start.architecture, self.classes)
         for parameter in learner.parameters():
             parameter.requires_grad_(True)  # weights that the adversary freezes have a suppression gradient too
         # By the names that the protected model has.

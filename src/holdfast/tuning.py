@@ -6,29 +6,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
 from optuna.storages.journal import JournalFileBackend
 
-from holdfast.comparison import Plan, check_comparison, run_comparison
-from holdfast.errors import require
+from holdfast.comparison import Plan, check_comparison, listed, run_comparison
+from holdfast.distributed import current
+from holdfast.errors import UserError, require
 from holdfast.files import fingerprint, write_json
 from holdfast.progress import Reporter
-from holdfast.recipes import find_recipe, load_recipe
+from holdfast.recipes import Recipe, find_recipe, load_recipe
+from holdfast.scales import scale_of
+from holdfast.seeding import derive
 
 SEED = 0  # of the protections, and of the sampler
 KEEP = 0.97  # intactness below which a setting pays
 PENALTY = 10.0  # in points of advantage for a point of intactness below
 STUDY = "tune"
-WORKED = optuna.trial.TrialState.COMPLETE
+WORKED, REFUSED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+DONE = (WORKED, REFUSED)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A field of the defence and what it may be: `choices`, or a range, `log`arithmic where it spans a decade."""
+    """A field of the defence and what it may be: `choices`, as they are written in YAML, or a range, `log`arithmic
+    where it spans a decade, of `whole` numbers where the field holds such."""
 
     key: str
     low: float = 0.0
@@ -41,6 +47,11 @@ class Axis:
         """Whether the range is searched by its logarithm."""
         return self.low > 0 and self.high >= 10 * self.low
 
+    @property
+    def field(self) -> str:
+        """Its name in the defence."""
+        return self.key.removeprefix("defence.")
+
     def suggest(self, trial: optuna.Trial) -> Any:
         """A value for this trial."""
         if self.choices:
@@ -49,13 +60,22 @@ class Axis:
             return trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)
         return trial.suggest_float(self.key, self.low, self.high, log=self.log)
 
-    def holds(self, value: Any) -> bool:
-        """Whether a value lies on the axis."""
-        return str(value) in self.choices if self.choices else self.low <= float(value) <= self.high
+    def ends(self) -> tuple[Any, ...]:
+        """Every choice, or both ends of the range."""
+        if self.choices:
+            return self.choices
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+    def own(self, value: Any) -> Any:
+        """`value` as this axis would suggest it; None where it lies elsewhere."""
+        if self.choices:
+            return next((c for c in self.choices if yaml.safe_load(c) == value), None)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if number and self.low <= value <= self.high else None
 
 
 def parse_axis(text: str) -> Axis:
-    """`defence.spread=0.25..4` or `defence.close=2,4,all`; `UserError` for anything else."""
+    """`defence.spread=0.25..4` or `defence.close=2,4`; `UserError` for anything else."""
     key, _, given = (part.strip() for part in text.partition("="))
     require(
         key.startswith("defence.") and bool(given),
@@ -63,15 +83,15 @@ def parse_axis(text: str) -> Axis:
     )
     numbers = re.fullmatch(r"([-+.\deE]+?)\.\.([-+.\deE]+)", given)
     if numbers is None:
-        choices = tuple(c.strip() for c in given.split(","))
-        require(all(choices) and len(choices) > 1, f"'{text}' leaves nothing to choose: give LOW..HIGH or A,B,…")
+        choices = listed(given)
+        require(len(choices) > 1, f"'{text}' leaves nothing to choose: give LOW..HIGH or A,B,…")
         return Axis(key, choices=choices)
     try:
         low, high = map(float, numbers.groups())
     except ValueError:
         low, high = 1.0, 0.0
     require(low < high, f"'{text}' is no range: expected two numbers LOW..HIGH, the first below the second")
-    return Axis(key, low, high, all(re.fullmatch(r"[-+]?\d+", n) for n in numbers.groups()))
+    return Axis(key, low, high)
 
 
 def score(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -92,100 +112,139 @@ class Tuning:
     out: Path
     preset: str | None = None
     changes: Sequence[str] = ()
+    workers: Sequence[str] = ()  # changes that say who computes, and are no part of the search
     reporter: Reporter | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.axes), "give at least one --space, such as defence.spread=0.25..4")
         keys = [a.key for a in self.axes]
         require(len(set(keys)) == len(keys), f"a field is searched twice: {', '.join(keys)}")
-        names = [self._name(r) for r in self.recipes]
+        names = self._names()
         require(len(set(names)) == len(names), f"two recipes are named alike: {', '.join(names)}")
 
-    @staticmethod
-    def _name(recipe: str) -> str:
-        return find_recipe(recipe).stem
+        defence = self._load(self.recipes[0], {}).as_dict()["defence"]
+        self.axes = [replace(a, whole=type(defence.get(a.field)) is int and not a.choices) for a in self.axes]
+
+    def _names(self) -> list[str]:
+        return [_stem(r) for r in self.recipes]
 
     def plans(self, setting: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[Plan]:
         """A run for each pair with this setting; `first`: the setting whose controls serve all."""
-        extra = [f"{n}={json.dumps(v) if not isinstance(v, str) else v}" for n, v in setting.items()]
         found = []
         for recipe in self.recipes:
-            loaded = load_recipe(recipe, self.preset, [*self.changes, *extra, f"seed={SEED}"])
-            base = self.out / self._name(recipe)
+            loaded = self._load(recipe, setting)
+            base = self.out / _stem(recipe)
             folder = base / _folder(setting)
             found.append(Plan(_folder(setting), SEED, loaded, folder, base, base / _folder(first or setting)))
         return found
 
+    def _load(self, recipe: str, setting: Mapping[str, Any]) -> Recipe:
+        extra = [f"{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in setting.items()]
+        return load_recipe(recipe, self.preset, [*self.changes, *self.workers, *extra, f"seed={SEED}"])
+
     def default(self) -> dict[str, Any]:
-        """The recipe's own setting, the first to be tried, where it lies within the space."""
-        defence = load_recipe(self.recipes[0], self.preset, [*self.changes]).as_dict()["defence"]
-        own = {a.key: defence.get(a.key.removeprefix("defence.")) for a in self.axes}
-        known = {a.key: own[a.key] for a in self.axes if isinstance(own[a.key], int | float | str)}
-        kept = {a.key: known[a.key] for a in self.axes if a.key in known and a.holds(known[a.key])}
-        return {a.key: str(kept[a.key]) if a.choices else kept[a.key] for a in self.axes if a.key in kept}
+        """The recipe's own setting, the first to be tried, as far as it lies within the space."""
+        defence = self._load(self.recipes[0], {}).as_dict()["defence"]
+        found = {a.key: a.own(defence.get(a.field)) for a in self.axes}
+        return {n: v for n, v in found.items() if v is not None}
+
+    def check(self) -> None:
+        """`UserError` before any work: for fields that there are not, values that no defence can have, and what the
+        recipes' own runs would say."""
+        require(current().count == 1, "a search works in one process; start it without torchrun")
+        for axis in self.axes:
+            for value in axis.ends():
+                for recipe in self.recipes:
+                    self._load(recipe, {axis.key: value})
+        for plan in self.plans(self.default()):
+            check_comparison([plan])
 
     def run(self, trials: int, resume: bool = False) -> dict[str, Any]:
         """Try until `trials` settings are done; write `tune.json` after each, and return its contents. A search that
-        was killed goes on with the try that it was at."""
+        was killed goes on with the try that it was at. A setting that the defence refuses counts as tried, and is
+        passed over."""
         require(trials >= 1, f"a search needs at least 1 trial, but got {trials}")
         journal = self.out / "study.log"
         require(resume or not journal.exists(), f"{self.out} already holds a search; add --resume to continue it")
-        for plan in self.plans(self.default()):
-            check_comparison([plan])
+        self.check()
         self.out.mkdir(parents=True, exist_ok=True)
         study = self._study(journal)
-        while (done := len(study.get_trials(deepcopy=False, states=(WORKED,)))) < trials:
+        while (done := len(study.get_trials(deepcopy=False, states=DONE))) < trials:
+            study.sampler = _sampler(len(study.get_trials(deepcopy=False)))
             trial = study.ask()
             setting = {a.key: a.suggest(trial) for a in self.axes}
+            trial.set_user_attr("setting", setting)
             if self.reporter:
                 self.reporter.say(f"— try {done + 1} of {trials}: {_words(setting)} —")
-            finished = study.get_trials(deepcopy=False, states=(WORKED,))
-            plans = self.plans(setting, finished[0].user_attrs["setting"] if finished else None)
-            found = {p.base.name: run_comparison([p], True, self.reporter)[p.preset][0] for p in plans}
-            scores = {name: score(s) for name, s in found.items()}
-            trial.set_user_attr("setting", setting)
-            trial.set_user_attr("scores", scores)
-            trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
-            study.tell(trial, sum(s["loss"] for s in scores.values()) / len(scores))
-            result = self._result(study)
-            write_json(self.out / "tune.json", result)
+            self._try(study, trial, setting)
+            if study.get_trials(deepcopy=False, states=(WORKED,)):
+                write_json(self.out / "tune.json", self._result(study))
         return self._result(study)
+
+    def _try(self, study: optuna.Study, trial: optuna.Trial, setting: Mapping[str, Any]) -> None:
+        finished = study.get_trials(deepcopy=False, states=(WORKED,))
+        try:
+            plans = self.plans(setting, finished[0].user_attrs["setting"] if finished else None)
+        except UserError as error:
+            if self.reporter:
+                self.reporter.say(f"passed over: {error}")
+            study.tell(trial, state=REFUSED)
+            return
+        found = {p.base.name: run_comparison([p], True, self.reporter)[p.preset][0] for p in plans}
+        scores = {name: score(s) for name, s in found.items()}
+        trial.set_user_attr("scores", scores)
+        trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
+        trial.set_user_attr("metric", next(iter(found.values()))["restricted"]["metric"])
+        study.tell(trial, sum(s["loss"] for s in scores.values()) / len(scores))
 
     def _study(self, journal: Path) -> optuna.Study:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
-        sampler = optuna.samplers.TPESampler(seed=SEED, n_startup_trials=6)
-        study = optuna.create_study(storage=storage, study_name=STUDY, sampler=sampler, load_if_exists=True)
-        asked: dict[str, Any] = {"axes": [repr(a) for a in self.axes], "recipes": [self._name(r) for r in self.recipes]}
+        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
+        asked: dict[str, Any] = {"space": [repr(a) for a in self.axes], "recipes": self._names()}
         asked |= {"preset": self.preset, "changes": list(self.changes)}
         known = study.user_attrs.get("asked")
-        require(known in (None, asked), f"{self.out} holds another search, of {known}; choose another --out")
+        differ = [n for n in asked if known and known[n] != asked[n]]
+        require(not differ, f"{self.out} holds a search with another {' and '.join(differ)}; choose another --out")
         if known is None:
+            if not study.get_trials(deepcopy=False):
+                study.enqueue_trial(self.default())
             study.set_user_attr("asked", asked)
-            study.enqueue_trial(self.default())
         for left in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            study.enqueue_trial(left.params)  # killed at it: its folder goes on where it was
+            # Killed at it: its folder goes on where it was.
+            study.enqueue_trial(left.params or left.system_attrs.get("fixed_params", {}))
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)
         return study
 
     def _result(self, study: optuna.Study) -> dict[str, Any]:
-        tried = [
-            {"setting": t.user_attrs["setting"], "loss": t.value, "scores": t.user_attrs["scores"],
-             "verdicts": t.user_attrs["verdicts"]}
-            for t in study.get_trials(deepcopy=False, states=(WORKED,))
-        ]  # fmt: skip
+        kept = ("setting", "scores", "verdicts")
+        finished = study.get_trials(deepcopy=False, states=(WORKED,))
+        tried = [{"loss": t.value, **{n: t.user_attrs[n] for n in kept}} for t in finished]
+        refused = [t.user_attrs["setting"] for t in study.get_trials(deepcopy=False, states=(REFUSED,))]
+        require(bool(tried), "the defence refuses every setting that was tried")
         best = min(tried, key=lambda t: float(t["loss"]))
-        return {"recipes": [self._name(r) for r in self.recipes], "best": best, "trials": tried}
+        metric = finished[0].user_attrs["metric"]
+        return {"recipes": self._names(), "metric": metric, "best": best, "trials": tried, "refused": refused}
+
+
+def _stem(recipe: str) -> str:
+    return find_recipe(recipe).stem
+
+
+def _sampler(tries: int) -> optuna.samplers.TPESampler:
+    """A search that goes on must not draw again what it drew."""
+    return optuna.samplers.TPESampler(seed=derive(SEED, "tune", tries) % 2**32, n_startup_trials=6)
 
 
 def as_table(result: Mapping[str, Any]) -> str:
     """The tries, best first, and the best as options of the command line."""
+    scale = scale_of(result["metric"])
     lines = ["| loss | " + " | ".join(f"{n}: ahead, intactness" for n in result["recipes"]) + " | setting |"]
     lines.append("|---|" + "---|" * (len(result["recipes"]) + 1))
     for trial in sorted(result["trials"], key=lambda t: float(t["loss"])):
         found = [trial["scores"][n] for n in result["recipes"]]
-        cells = " | ".join(f"{100 * s['ahead']:+.1f}, {s['ratio']:.3f}" for s in found)
+        cells = " | ".join(f"{scale.difference(s['ahead'])}, {s['ratio']:.3f}" for s in found)
         lines.append(f"| {trial['loss']:+.4f} | {cells} | {_words(trial['setting'])} |")
-    chosen = " ".join(f"--set {n}={_short(v)}" for n, v in result["best"]["setting"].items())
+    chosen = " ".join(f"--set {n}={v}" for n, v in result["best"]["setting"].items())
     return "\n".join([*lines, "", f"best: {chosen}"])
 
 

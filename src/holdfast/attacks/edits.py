@@ -45,6 +45,8 @@ def make_edit(value: Any) -> Edit:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
+        if not hasattr(value, "apply"):
+            raise UserError(f"an edit is a name, or a mapping with a name; got {value!r}; valid: {', '.join(EDITS)}")
         found: Edit = value
         return found
     name = str(value.get("name"))

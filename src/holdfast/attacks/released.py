@@ -83,8 +83,11 @@ class Means:
     flops: float = 0.0
 
     def images(self, most: int = 256) -> torch.Tensor:
-        """Up to `most` of the attacker's restricted images, normalised, on the device."""
-        return self.restricted.batch(torch.arange(min(most, len(self.restricted))), self.runtime)[0]
+        """Up to `most` of the attacker's restricted images, normalised, on the device; of all classes, which lie one
+        after the other."""
+        count = min(most, len(self.restricted))
+        where = torch.arange(count) * len(self.restricted) // count
+        return self.restricted.batch(where, self.runtime)[0]
 
     def train(
         self,

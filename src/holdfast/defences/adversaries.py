@@ -122,7 +122,11 @@ class Adversaries(Guarded):
     def check_head(self, heads: Sequence[str]) -> None:
         """`UserError` where a simulated adversary would re-initialise, or train, a head that there is not."""
         require(
-            bool(heads) or ("head" not in self.inner_initialise and "head" not in self.inner_train),
+            bool(heads) or "head" not in self.inner_train,
+            "the model has no head that a simulated adversary could train alone; leave head out of defence.inner_train",
+        )
+        require(
+            bool(heads) or "head" not in self.inner_initialise,
             "the model has no head that a simulated adversary could re-initialise; set defence.inner_initialise to "
             "[keep]",
         )
@@ -142,12 +146,19 @@ class Adversaries(Guarded):
             not structural or given.runtime.sharing.count == 1,
             "inner_edits and inner_train: lora need the whole network in every process; set runtime.shard: false",
         )
+        require(
+            not structural or not given.runtime.compile,
+            "inner_edits and inner_train: lora make a new network for an adversary, each of which would be compiled "
+            "anew; set runtime.compile: false",
+        )
         if "last-k" in self.inner_initialise:
             for k in self.inner_k:
                 tuning = FineTuning(initialise="last-k", k=k)
                 _ = tuning.fresh_layers(given.model, given.architecture, len(given.original.classes))
         if "lora" in self.inner_train:
             check_adapters(given.model, FineTuning.rank, given.head())
+        if not self.inner_edits:
+            return
         released = Released(given.architecture, state_of(given.model), len(given.original.classes))
         for edit in self.inner_edits:
             why = edit.obstacle(released)

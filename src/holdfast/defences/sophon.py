@@ -147,7 +147,7 @@ class _Engine(Engine):
             given,
             spec.probe_steps,
             max(spec.inner_batch_size),
-            tuple(i for i in spec.inner_initialise if i != "last-k") or ("head",),
+            tuple(i for i in spec.inner_initialise if i != "last-k") or (("head",) if given.head() else ("keep",)),
             learner,
             spec.probe_optimiser,
             spec.probe_lr,

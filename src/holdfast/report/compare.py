@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from holdfast.errors import require
 from holdfast.files import write_atomic, write_json
 from holdfast.report.figures import band, metric_axis, png, steps_axis
-from holdfast.report.frontier import COLOURS, frontier, standing
+from holdfast.report.frontier import COLOURS, frontier, spread, standing
 from holdfast.scales import ACCURACY, Scale, scale_of
 from holdfast.statistics import deviation, mean
 
@@ -60,15 +60,15 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
     protections = [s["protection"] for s in summaries]
     benign = [s["benign"]["difference"] for s in summaries if s["benign"]]
     return {
-        "before": _spread([s["intactness"]["before"] for s in summaries]),
-        "after": _spread([s["intactness"]["after"] for s in summaries]),
+        "before": spread([s["intactness"]["before"] for s in summaries]),
+        "after": spread([s["intactness"]["after"] for s in summaries]),
         "standing": standing(summaries),
-        "attack": _spread([a["protected"][-1] for a in ends], _within(ends[0], ends[0]["deviation"]["protected"][-1])),
-        "worst": _spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
+        "attack": spread([a["protected"][-1] for a in ends], _within(ends[0], ends[0]["deviation"]["protected"][-1])),
+        "worst": spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
         "worst_attacks": sorted({w["attack"] for w in worst}),
-        "along": _spread([w["along_the_way"] for w in worst]),
+        "along": spread([w["along_the_way"] for w in worst]),
         "slc_auc": _areas(summaries, "protected"),
-        "benign": _spread(benign) if benign else None,
+        "benign": spread(benign) if benign else None,
         "unprotected": sum(p["released"] == 0 for p in protections),
         "measured": _measured(protections),
         "verdicts": [s["verdict"] for s in summaries],
@@ -84,21 +84,16 @@ def _areas(summaries: Sequence[Mapping[str, Any]], model: str) -> dict[str, list
     for summary in (s["restricted"] for s in summaries):
         for series in [summary["slc"], *summary["slc_others"]] if summary["slc"] else []:
             found.setdefault(series["attack"], []).append(series["auc"][model]["mean"])
-    return {name: _spread(values) for name, values in found.items()}
+    return {name: spread(values) for name, values in found.items()}
 
 
 def _measured(protections: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
     """What the defence's paper reports beside the metric: by name, of the clean and of the protected models."""
     own = [p["measured"] for p in protections if p.get("measured")]
     return {
-        name: {model: _spread([m[model][name] for m in own]) for model in ("clean", "protected")}
+        name: {model: spread([m[model][name] for m in own]) for model in ("clean", "protected")}
         for name in (own[0]["protected"] if own else ())
     }
-
-
-def _spread(values: Sequence[float], within: float | None = None) -> list[float | None]:
-    """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
-    return [mean(values), deviation(values) if len(values) > 1 else within]
 
 
 def _within(entry: Mapping[str, Any], found: float) -> float | None:
@@ -114,9 +109,9 @@ def _controls(found: Summaries, attack: str) -> dict[str, Any]:
         worst = [s["restricted"]["worst_case"][model] for s in summaries]
         ends = [_entry(s, attack) for s in summaries]
         controls[model] = {
-            "attack": _spread([a[model][-1] for a in ends], _within(ends[0], ends[0]["deviation"][model][-1])),
-            "worst": _spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
-            "along": _spread([w["along_the_way"] for w in worst]),
+            "attack": spread([a[model][-1] for a in ends], _within(ends[0], ends[0]["deviation"][model][-1])),
+            "worst": spread([w["final"] for w in worst], _within(ends[0], worst[0]["deviation"])),
+            "along": spread([w["along_the_way"] for w in worst]),
             "slc_auc": _areas(summaries, model) if model == "clean" else {},  # of scratch: 0, by definition
         }
     return controls

@@ -26,11 +26,12 @@ def standing(summaries: Sequence[Mapping[str, Any]], model: str = "protected") -
         return [w[model][key] - w["scratch"][key] for w in worst]
 
     ratios = [s["intactness"]["ratio"] if model == "protected" else 1.0 for s in summaries]
-    return {n: _spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}
+    return {n: spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}
 
 
-def _spread(values: Sequence[float]) -> list[float | None]:
-    return [mean(values), deviation(values) if len(values) > 1 else None]
+def spread(values: Sequence[float], within: float | None = None) -> list[float | None]:
+    """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
+    return [mean(values), deviation(values) if len(values) > 1 else within]
 
 
 def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], scale: Scale) -> bytes:
