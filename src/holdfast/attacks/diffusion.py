@@ -101,6 +101,7 @@ class PriorPreservation:
     name: Literal["prior-preservation"] = "prior-preservation"
     needs: ClassVar[str] = WEIGHTS_ONLY
     revives: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
     fresh: ClassVar[bool] = False  # a model from scratch has no prior
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 

@@ -31,6 +31,7 @@ class _Preparation:
     lr: float = 1e-3
     batch_size: int = 64
     revives: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
     fresh: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class Heal(_Preparation):
     name: Literal["heal"] = "heal"
     needs: ClassVar[str] = ORIGINAL_DATA
     revives: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     fresh: ClassVar[bool] = (
         True  # whoever has the data pre-trains on it: what they are worth is no merit of the weights
     )
