@@ -95,6 +95,18 @@ class TestSearch:
         assert not more.edge
         assert more.chosen["lr"] in (1e-2, 1e-1)
 
+    def test_where_nothing_can_be_learned_every_decade_is_tried(self, bench: Bench) -> None:
+        """A constant model under a new head: chance at any rate, and that is known."""
+        dead = {n: torch.zeros_like(v) if n.startswith("9.") else v for n, v in bench.states["clean"].items()}
+        dead["10.weight"], dead["10.bias"] = torch.zeros_like(dead["10.weight"]), torch.full_like(dead["10.bias"], -1.0)
+        given = replace(bench, states={**bench.states, "protected": dead})
+        attack = replace(spec(Search(lr=(1e-1, 1.0), extend=1)).attack, tuning=FineTuning("head", "head", steps=8))
+        found = run_search(given, replace(spec(Search()), attack=attack))
+        assert [t["setting"]["lr"] for t in found.trials] == pytest.approx([0.1, 1.0, 10.0, 100.0, 1000.0])
+        assert not found.edge
+        short = replace(attack, search=Search(lr=(1e-1, 1.0), extend=0))
+        assert run_search(given, replace(spec(Search()), attack=short)).edge, "nobody looked further"
+
     def test_laggards_are_given_up_and_what_it_cost_is_counted(self, bench: Bench) -> None:
         found = run_search(bench, spec(Search(lr=(1e-2, 3e-2, 1e-6), extend=0)))
         last = found.trials[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -48,6 +49,16 @@ class Tries:
         whole = [t for t in self.trials if not t["pruned"]]
         return whole[strongest([t["values"] for t in whole], scale=self.scale)] if whole else None
 
+    def learned(self, chance: float) -> bool:
+        """Whether any whole try did."""
+        best = self.best()
+        return best is not None and bool(best["values"][-1] - chance >= self.scale.learns)
+
+    def exhausted(self, chance: float) -> bool:
+        """Whether nothing was learned at any decade up to the largest rate there is: then no rate is missing."""
+        beyond = self.at_edge(chance)
+        return beyond is not None and beyond > LIMITS[1] and not self.learned(chance)
+
     def at_edge(self, chance: float) -> float | None:
         """Where to look on: ×10 beyond the best learning rate if it is the largest tried, ÷10 if the smallest; None
         where it lies between, or a rate between is as good. Where nothing was learned, beyond the largest: tiny
@@ -55,7 +66,7 @@ class Tries:
         best = self.best()
         rates = [t["setting"]["lr"] for t in self.trials]
         low, high = min(rates), max(rates)
-        if best is None or best["values"][-1] - chance < self.scale.learns:
+        if best is None or not self.learned(chance):
             return float(round(high * 10, 12))
         inner = [t for t in self.trials if not t["pruned"] and low < t["setting"]["lr"] < high]
         if any(t["values"][-1] >= best["values"][-1] - self.scale.margin for t in inner):
@@ -105,9 +116,12 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
     )
     for lr in search.lr:
         _try(bench, spec, search, study, tries, steps, lr)
-    for _ in range(search.extend):
+    for extension in itertools.count():
         beyond = tries.at_edge(chance)
         if beyond is None or not LIMITS[0] <= beyond <= LIMITS[1]:
+            break
+        # A model that learned nothing is tried at every decade there is: that none helps is then known, not supposed.
+        if extension >= search.extend and (search.extend == 0 or tries.learned(chance)):
             break
         _try(bench, spec, search, study, tries, steps, beyond)
     for _ in range(search.trials):
@@ -118,7 +132,7 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
         attacks=list(spec.names),
         trials=tries.trials,
         chosen=best["setting"] if best else {"lr": search.lr[0]},
-        edge=tries.at_edge(chance) is not None,
+        edge=tries.at_edge(chance) is not None and not tries.exhausted(chance),
         steps=tries.steps,
         samples=tries.samples,
         flops=tries.flops,

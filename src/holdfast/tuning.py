@@ -121,7 +121,6 @@ class Tuning:
         require(len(set(keys)) == len(keys), f"a field is searched twice: {', '.join(keys)}")
         names = self._names()
         require(len(set(names)) == len(names), f"two recipes are named alike: {', '.join(names)}")
-
         defence = self._load(self.recipes[0], {}).as_dict()["defence"]
         self.axes = [replace(a, whole=type(defence.get(a.field)) is int and not a.choices) for a in self.axes]
 

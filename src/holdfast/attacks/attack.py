@@ -20,7 +20,8 @@ class Search:
     """What the attacker tries on restricted validation data before the attack counts.
 
     First every learning rate of `lr`, then further decades while the best lies at the edge of what was tried (at most
-    `extend`), then `trials` draws of Optuna's TPE sampler over all axes: the learning rate between the extremes tried,
+    `extend`; while nothing was learned, to the largest rate there is),
+    then `trials` draws of Optuna's TPE sampler over all axes: the learning rate between the extremes tried,
     and whichever of the tuples below hold something. A run is given up (`search.Lagging`) that is more than two points
     behind the median of the whole ones before it, once that median has learned and a quarter of the budget is spent.
     """
