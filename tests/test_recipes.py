@@ -85,6 +85,11 @@ def test_changes_do_not_reach_into_values() -> None:
         ({"defence": {"iterations": "many"}}, "expected a valid integer, but got 'many'$"),
         ({"defence": {"inner_lr": 0.1}}, "expected a valid list, but got 0.1$"),
         ({"defence": {"name": "ntp", "regulariser": "x"}}, "expected 'fisher', 'mmd' or 'none', but got 'x'$"),
+        ({"runtime": {"compile": "maybe"}}, "runtime.compile: expected a valid boolean or 'graphs', but got 'maybe'$"),
+        (
+            {"audit": {"steps": "x", "seeds": "x"}},
+            r"audit.steps: expected a valid integer, but got 'x' \(and 1 more\)$",
+        ),
         ({"defence": [1]}, r"defence: expected a name or a mapping with a 'name', but got \[1\]$"),
         ({"defence": False}, "defence: expected a name or a mapping with a 'name', but got False$"),
         ({"model": "resnet18"}, "model: expected a mapping, but got 'resnet18'$"),

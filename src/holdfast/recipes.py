@@ -220,11 +220,21 @@ def apply_changes(raw: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
     return raw
 
 
+MEMBER = re.compile(r"(bool|int|float|str|literal\[.*)$")  # of a union, as pydantic names it
+
+
 def _explain(error: Any, where: str, prefix: str = "", valid: Sequence[str] = ()) -> UserError:
     """pydantic's first complaint as one line: the key, what was expected, what came. `valid`: the section's keys."""
-    first = error.errors()[0]
-    key = ".".join([prefix, *(str(p) for p in first["loc"])]).strip(".")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    errors = error.errors()
+    first = errors[0]
+    # A value that fits no member of a union has an error for each, with the member's name at the end of its place.
+    alike = [
+        e for e in errors if e["loc"][:-1] == first["loc"][:-1] and MEMBER.match(".".join(map(str, e["loc"][-1:])))
+    ]
+    place = first["loc"][:-1] if len(alike) > 1 else first["loc"]
+    key = ".".join([prefix, *(str(p) for p in place)]).strip(".")
+    others = len(errors) - max(1, len(alike))
+    more = f" (and {others} more)" if others else ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         if valid:
             return UserError(f"{where}: {unknown('key', key, [f'{prefix}.{n}' for n in valid])}{more}")
@@ -237,6 +247,8 @@ def _explain(error: Any, where: str, prefix: str = "", valid: Sequence[str] = ()
         message = re.split(", unable to|, got a| or an instance of", message)[0].replace("Input should be", "expected")
         for theirs, ours in (("a dictionary", "a mapping"), ("a valid dictionary", "a mapping"), ("tuple", "list")):
             message = message.replace(theirs, ours)
+        for other in alike[1:]:
+            message += f" or {str(other['msg']).removeprefix('Input should be ')}"
         shown = f", but got {first['input']!r}"
     return UserError(f"{where}: {key or 'recipe'}: {message}{shown}{more}")
 
