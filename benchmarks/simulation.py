@@ -212,17 +212,19 @@ def against_published(name: str, arguments: argparse.Namespace, runtime: Runtime
 WAYS = {"loop": (), "unroll": ("--precision", "float32", "--contiguous")}
 
 
-def linearity(bench: Bench) -> dict[str, Any]:
-    """Seconds a step and an adversary: medians of three rounds over all K, then over all N."""
+def linearity(bench: Bench, rounds: int = 5) -> dict[str, Any]:
+    """Seconds a step and an adversary: medians of rounds over all K and all N, so that slow minutes touch all alike."""
     bench.loop(LONG[0])
-    long = {k: statistics.median(seconds(lambda k=k: bench.loop(k)) for _ in range(3)) / k for k in LONG}
-    many = {
-        n: statistics.median(seconds(lambda n=n: [bench.loop(LONG[0]) for _ in range(n)]) for _ in range(3)) / n
-        for n in MANY
-    }
+    long: dict[int, list[float]] = {k: [] for k in LONG}
+    many: dict[int, list[float]] = {n: [] for n in MANY}
+    for _ in range(rounds):
+        for k, found in long.items():
+            found.append(seconds(lambda k=k: bench.loop(k)) / k)
+        for n, found in many.items():
+            found.append(seconds(lambda n=n: [bench.loop(LONG[0]) for _ in range(n)]) / n)
     return {
-        "seconds_a_step": {k: round(v, 5) for k, v in long.items()},
-        "seconds_an_adversary": {n: round(v, 4) for n, v in many.items()},
+        "seconds_a_step": {k: round(statistics.median(v), 5) for k, v in long.items()},
+        "seconds_an_adversary": {n: round(statistics.median(v), 4) for n, v in many.items()},
     }
 
 
