@@ -13,7 +13,8 @@ from holdfast.attacks.chains import links
 from holdfast.attacks.edits import EDITS, make_edit
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Means, Released
-from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations, Standardise
+from holdfast.attacks.standardise import Standardise
+from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases, rectified_layers
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError

@@ -51,6 +51,7 @@ ORDER = [
     "attacks.chains",
     "attacks.weights",
     "attacks.structure",
+    "attacks.standardise",
     "attacks.preparation",
     "attacks.diffusion",
     "attacks.edits",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from holdfast.cells import Bench
-from holdfast.limits import PROBED, depth_of, fitted, limits, measure_limits, probes
+from holdfast.limits import PROBED, depth_of, fitted, limits, measure_limits, probes, run_probes
 from holdfast.models import Architecture, State
+from holdfast.progress import Reporter
+from holdfast.records import RecordFile
 from holdfast.report.maps import limit_curves
 from holdfast.report.words import limit
 from holdfast.scales import ACCURACY
@@ -92,3 +95,22 @@ def test_layers_that_do_not_see_an_image_a_row_are_not_probed(bench: Bench) -> N
     assert depth_of(probe.name) == "head"
     (first, *_) = measure_limits(given, [probe], 1, {("protected", probe.name, 0)})
     assert first[0].model == "clean"
+
+
+def test_probing_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
+    file, quiet = RecordFile(tmp_path / "records.jsonl"), Reporter(quiet=True)
+    run_probes(bench, 1, file, quiet)
+    whole = file.read()
+    assert len(whole) == len(PROBED) * len(probes(bench)) * 2
+    kept = [r for r in whole if r.attack != whole[0].attack]
+    file.keep(kept)
+    run_probes(bench, 1, file, quiet)
+    again = file.read()
+    assert again[: len(kept)] == kept
+    assert {(r.model, r.attack, r.split, r.value) for r in again} == {
+        (r.model, r.attack, r.split, r.value) for r in whole
+    }
+    assert len(again) == len(whole)
+    before = file.path.read_bytes()
+    run_probes(bench, 1, file, quiet)
+    assert file.path.read_bytes() == before

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from holdfast.attacks.structure import LeakyActivations, Standardise
+from holdfast.attacks.standardise import Standardise
+from holdfast.attacks.structure import LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics
 from holdfast.domains import holdout
 from holdfast.errors import UserError

@@ -15,7 +15,6 @@ from holdfast.audit import AuditFiles
 from holdfast.cells import CellSpec
 from holdfast.errors import UserError, require
 from holdfast.files import read_json
-from holdfast.intactness import part_of
 from holdfast.limits import depth_of
 from holdfast.records import Record
 
@@ -79,7 +78,7 @@ def adopt_cells(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence
     }
     found = []
     for record in AuditFiles(folder).records.read():
-        if _unattacked(record, done) and record.provenance in good:
+        if _probed(record, done) and record.provenance in good:
             found.append(replace(record, provenance=provenance))
             continue
         flag, setting = wanted.get((record.model, record.attack, record.seed), (None, None))
@@ -91,7 +90,7 @@ def adopt_cells(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence
     return len({(r.model, r.attack, r.seed) for r in found})
 
 
-def _unattacked(record: Record, done: Set[tuple[str, str, int]]) -> bool:
-    """Whether a record of a control is a probe's, or intactness's, and is not there yet."""
+def _probed(record: Record, done: Set[tuple[str, str, int]]) -> bool:
+    """Whether a record of a control is a probe's, and is not there yet."""
     known = record.model not in CONTROLS or (record.model, record.attack, record.seed) in done
-    return not known and (depth_of(record.attack) is not None or part_of(record.attack) is not None)
+    return not known and depth_of(record.attack) is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from holdfast.features import Taps
 from holdfast.finetuning import FineTuning
 from holdfast.layers import WEIGHT_LAYERS, evaluating, executed_layers
 from holdfast.models import load_state
-from holdfast.records import Record
+from holdfast.progress import Reporter
+from holdfast.records import Record, RecordFile
 from holdfast.statistics import deviation, mean
 
 PROBED = ("protected", "clean", "scratch")  # scratch: random features, frozen as the others' are
@@ -76,10 +77,23 @@ def measure_limits(
                     yield _records(bench, model, attack, seed)
 
 
+def run_probes(bench: Bench, seeds: int, file: RecordFile, reporter: Reporter) -> None:
+    """Probe the layers of all models, as far as `file` lacks it."""
+    done, attacks = file.recover(), probes(bench)
+    planned = [(m, a.name, s) for a in attacks for s in range(seeds) for m in PROBED]
+    left = sum(p not in done for p in planned)
+    if not left:
+        return
+    with reporter.bar("probes", len(planned), len(planned) - left) as bar:
+        for found in measure_limits(bench.to(bench.runtime), attacks, seeds, done):
+            file.append(found)
+            bar.advance(f"{found[-1].model} · {found[-1].attack} · seed {found[-1].seed}")
+
+
 def _records(bench: Bench, model: str, attack: Attack, seed: int) -> list[Record]:
     began = time.monotonic()
     prepared = prepare(bench, model, attack, seed)
-    probe = start(bench, prepared, seed)
+    probe = cast(Probe, start(bench, prepared, seed))  # the last edit made it one
     # The head is the regression's: of the body the state has all, of the head what the released model's had.
     state = {n: v for n, v in prepared.released.state.items() if n.startswith("body.")}
     load_state(probe, {**probe.state_dict(), **state})
@@ -110,9 +124,8 @@ def _records(bench: Bench, model: str, attack: Attack, seed: int) -> list[Record
 
 
 @torch.no_grad()
-def _features(bench: Bench, probe: Any, data: ImageData) -> Tensor:
+def _features(bench: Bench, probe: Probe, data: ImageData) -> Tensor:
     """(n, width), float64 on the CPU."""
-    assert isinstance(probe, Probe)
     found = []
     with evaluating(probe):
         for begin in range(0, len(data), BATCH):

@@ -24,7 +24,6 @@ from holdfast.audit import (
     run_searches,
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
-from holdfast.cells import Bench
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls
 from holdfast.diffusion.exhibits import Show, keep_end, make_exhibits, marked
@@ -35,13 +34,13 @@ from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import Inputs
 from holdfast.intactness import measure_intactness, parts
-from holdfast.limits import PROBED, measure_limits, probes
+from holdfast.limits import run_probes
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter
 from holdfast.protection import defend
 from holdfast.recipes import Recipe
-from holdfast.records import RecordFile, provenance
+from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
@@ -226,23 +225,11 @@ class Run:
             cells = marked(cells, shown) if shown else cells
             run_audit(cells, bench, file, *workers, kept=partial(keep_end, exhibits))
             if battery(given.recipe.audit.battery).probes and given.task.labelled:
-                self._probe(bench, seeds, file)
+                run_probes(bench, seeds, file, self.reporter)
             if shown:
                 show = Show(bench, given.original if given.with_original else None, given.decode)
                 make_exhibits(show, shown, exhibits, *workers)
         self._note_memory()
-
-    def _probe(self, bench: Bench, seeds: int, file: RecordFile) -> None:
-        """Probe the layers of all models, where `file` lacks it."""
-        done, attacks = file.recover(), probes(bench)
-        planned = [(m, a.name, s) for a in attacks for s in range(seeds) for m in PROBED]
-        left = sum(p not in done for p in planned)
-        if not left:
-            return
-        with self.reporter.bar("probes", len(planned), len(planned) - left) as bar:
-            for found in measure_limits(bench.to(bench.runtime), attacks, seeds, done):
-                file.append(found)
-                bar.advance(f"{found[-1].model} · {found[-1].attack} · seed {found[-1].seed}")
 
     def _simulates(self) -> Callable[[FineTuning, Sequence[Any]], bool]:
         return (lambda *_: False) if self.inputs.protected else self.inputs.recipe.defence_object.simulates

@@ -228,9 +228,7 @@ def _explain(error: Any, where: str, prefix: str = "", valid: Sequence[str] = ()
     errors = error.errors()
     first = errors[0]
     # A value that fits no member of a union has an error for each, with the member's name at the end of its place.
-    alike = [
-        e for e in errors if e["loc"][:-1] == first["loc"][:-1] and MEMBER.match(".".join(map(str, e["loc"][-1:])))
-    ]
+    alike = [e for e in errors if e["loc"] and e["loc"][:-1] == first["loc"][:-1] and MEMBER.match(str(e["loc"][-1]))]
     place = first["loc"][:-1] if len(alike) > 1 else first["loc"]
     key = ".".join([prefix, *(str(p) for p in place)]).strip(".")
     others = len(errors) - max(1, len(alike))

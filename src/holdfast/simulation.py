@@ -132,7 +132,7 @@ def accumulate_along_path(
     NaN where the adversary diverged.
     """
     by_name = dict(learner.named_parameters())
-    targets = [by_name[n] for n in names]
+    targets, theirs = [by_name[n] for n in names], list(names.values())
     total = torch.zeros((), device=runtime.device)
 
     def after_step(step: int, _: Tensor) -> None:
@@ -151,7 +151,7 @@ def accumulate_along_path(
             value = suppression(outputs, labels)
             if targets:  # none where the adversary re-initialised all there is
                 gradients = torch.autograd.grad(value, targets, allow_unused=True)
-                (accumulator if share == 1 else found).add(list(names.values()), gradients, gamma * share)
+                (accumulator if share == 1 else found).add(theirs, gradients, gamma * share)
             return value.detach() * share
 
         total.add_(runtime.micro.run(inputs, labels, part, found.sums.clear), alpha=gamma)

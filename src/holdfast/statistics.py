@@ -20,6 +20,11 @@ def deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def spread(values: Sequence[float], within: float | None = None) -> list[float | None]:
+    """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
+    return [mean(values), deviation(values) if len(values) > 1 else within]
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Student's t-interval at 95 % for the mean: m ± t_{n−1}·s/√n. None for fewer than two values: one seed has no
     spread, and none is made up."""

@@ -10,7 +10,8 @@ from typing import Any
 from holdfast.attacks.diffusion import AnotherSchedule, AnotherTarget, PriorPreservation
 from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Edit
-from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations, Standardise
+from holdfast.attacks.standardise import Standardise
+from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
 from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
 from holdfast.errors import UserError, unknown
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from holdfast.scales import Scale
 
 # Colour-blind safe (Okabe–Ito), told apart by line and marker too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 STYLE: Mapping[str, dict[str, Any]] = {
     "protected": {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.2},
     "clean": {"color": "#D55E00", "marker": "s", "linestyle": "-", "linewidth": 1.6},

@@ -8,11 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from holdfast.report.figures import png
+from holdfast.report.figures import COLOURS, png
 from holdfast.scales import Scale
-from holdfast.statistics import deviation, mean
+from holdfast.statistics import spread
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 MARKERS = "osD^vP*X"
 MEASURED = {"end": "at the end", "along": "along the way"}
 
@@ -27,11 +26,6 @@ def standing(summaries: Sequence[Mapping[str, Any]], model: str = "protected") -
 
     ratios = [s["intactness"]["ratio"] if model == "protected" else 1.0 for s in summaries]
     return {n: spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}
-
-
-def spread(values: Sequence[float], within: float | None = None) -> list[float | None]:
-    """Mean, and the sample deviation over protections (`within`: over audit seeds, for one protection)."""
-    return [mean(values), deviation(values) if len(values) > 1 else within]
 
 
 def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], scale: Scale) -> bytes:
