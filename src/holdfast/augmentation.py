@@ -30,6 +30,17 @@ def shifted(images: Tensor, most: int, flip: bool) -> Tensor:
     return padded[every, planes, rows, columns.view(count, 1, 1, width)]
 
 
+def varied(images: Tensor, most: float) -> Tensor:
+    """Every second of the images (n, c, h, w) shifted by up to an eighth of its side and under Gaussian noise, whose
+    deviation is drawn evenly from 0 … `most` for each; the others as they are. Draws from the global generators."""
+    part = images[::2]
+    moved = shifted(part, max(1, images.shape[-1] // 8), flip=False)
+    deviations = most * torch.rand(len(part), 1, 1, 1).to(images.device)
+    found = images.clone()
+    found[::2] = moved + deviations * torch.randn_like(moved)
+    return found
+
+
 def augmented(batches: Iterable[Batch], kind: str, mixup: float, classes: int, seed: int) -> Iterator[Batch]:
     """The batches, each image shifted by up to an eighth of its side (`shift`; edges repeated) and mirrored half of
     the time (`shift+flip`); then mixed with another of its batch (Zhang et al., ICLR 2018; λ ~ Beta(`mixup`, `mixup`);

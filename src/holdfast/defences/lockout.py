@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.augmentation import shifted
+from holdfast.augmentation import shifted, varied
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
 from holdfast.defences.base import (
     Engine,
@@ -75,6 +75,9 @@ class Lockout(Guarded):
     lr: float = 1e-3
     batch_size: int = 100  # of each domain
     shift: bool = True  # restricted images are shifted by up to an eighth of their side
+    vary: float = 0.0  # most noise on half of the original images, which are shifted too; 0: they are as they are
+    spared: float = 0.0  # share of the depths, the first ones, that `spread` and `fisher` leave alone
+    onset: float = 0.0  # share of all iterations, the first, in which s rises from 0
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.02
@@ -89,7 +92,7 @@ class Lockout(Guarded):
         require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         require(self.close >= 0, f"close must not be negative, but got {self.close}")
-        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
+        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation", "vary")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         terms = ("spread", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
@@ -101,6 +104,8 @@ class Lockout(Guarded):
             "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
         )
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
+        require(0 <= self.spared < 1, f"spared must lie in [0, 1), but got {self.spared}")
+        require(0 <= self.onset <= 1 - self.repair, f"onset must lie in [0, 1 - repair], but got {self.onset}")
         require_tolerance(self)
 
     def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
@@ -156,6 +161,7 @@ class _Engine(Engine):
         )
         self.depths = depths(model, _examples(given))
         require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
+        self.depths = self.depths[math.floor(spec.spared * len(self.depths)) :]
         self.thresholds = [closed_at(model, name) for name in self.closed]
         self.units, self.scales = self._calibrate()
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
@@ -197,6 +203,7 @@ class _Engine(Engine):
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """`steps` steps of Adam; in the second stage one of SOPHON's iterations, with such steps for reinforcement."""
         spec, simulation, rate = self.spec, self.simulation, self._rate(iteration)
+        strength *= min(1.0, iteration / max(1, round(spec.onset * self.length)))
         if simulation is None or iteration <= spec.iterations:
             return self._train((iteration - 1) * spec.steps, spec.steps, spec.lr * rate, iteration, strength)
         sophon, into = simulation.spec, iteration - spec.iterations
@@ -216,6 +223,8 @@ class _Engine(Engine):
         lent = Lent()
 
         def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            if spec.vary:
+                images = given.runtime.images(varied(images, spec.vary))
             with lent.lending():
                 outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
