@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -121,7 +122,10 @@ def main() -> None:
     more: tuple[Compile, ...] = (True,) if arguments.compile or arguments.graphs else ()
     ways: tuple[Compile, ...] = (False, *more, *(("graphs",) if arguments.graphs else ()))
     shape = (arguments.size, arguments.batch, arguments.steps, arguments.rounds)
-    results = [measure(name, *shape, runtime, ways, peak) for name in arguments.models]
+    results = []
+    for name in arguments.models:
+        results.append(measure(name, *shape, runtime, ways, peak))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)  # compiling takes minutes: what is known is said
     print(json.dumps({"matrix_tflops": round(peak / 1e12, 3), "results": results, **provenance(runtime, {})}, indent=2))
 
 

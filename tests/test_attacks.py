@@ -20,7 +20,8 @@ from holdfast.finetuning import FineTuning
 from holdfast.flops import training_flops
 from holdfast.models import Architecture
 from holdfast.optimisers import SAM
-from holdfast.recipes import parse_recipe
+from holdfast.pretraining import pretrain
+from holdfast.recipes import PRETRAIN, parse_recipe
 from holdfast.training import evaluate
 
 
@@ -213,6 +214,22 @@ class TestAugmentation:
         a, b, c = (next(iter(augmented([self.batch()], "shift+flip", 0.0, 3, s)))[0] for s in (1, 1, 2))
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+    def test_a_run_that_goes_on_makes_the_same_batches(self) -> None:
+        batches = [self.batch()] * 4
+        whole = list(augmented(batches, "shift", 0.0, 3, 1))
+        rest = list(augmented(batches[2:], "shift", 0.0, 3, 1, first_step=2))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[2:], rest, strict=True))
+        assert not torch.equal(whole[1][0], whole[2][0])
+
+    def test_pre_training_augments_as_it_is_told(self, architecture, original, task, runtime) -> None:
+        tuning = replace(PRETRAIN, steps=3, batch_size=20)
+        plain, moved, mixed = (
+            pretrain(architecture, original, t, task, runtime)["0.weight"]
+            for t in (tuning, replace(tuning, augment="shift"), replace(tuning, mixup=0.5))
+        )
+        assert not torch.equal(plain, moved)
+        assert not torch.equal(plain, mixed)
 
     def test_it_trains(self, architecture, original, task, runtime, clean_state) -> None:
         tuning = FineTuning("scratch", optimiser="adam", lr=0.01, steps=60, batch_size=60, augment="shift", mixup=0.2)

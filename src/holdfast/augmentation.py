@@ -30,27 +30,21 @@ def shifted(images: Tensor, most: int, flip: bool) -> Tensor:
     return padded[every, planes, rows, columns.view(count, 1, 1, width)]
 
 
-def varied(images: Tensor, most: float) -> Tensor:
-    """Every second of the images (n, c, h, w) shifted by up to an eighth of its side and under Gaussian noise, whose
-    deviation is drawn evenly from 0 … `most` for each; the others as they are. Draws from the global generators."""
-    part = images[::2]
-    moved = shifted(part, max(1, images.shape[-1] // 8), flip=False)
-    deviations = most * torch.rand(len(part), 1, 1, 1).to(images.device)
-    found = images.clone()
-    found[::2] = moved + deviations * torch.randn_like(moved)
-    return found
-
-
-def augmented(batches: Iterable[Batch], kind: str, mixup: float, classes: int, seed: int) -> Iterator[Batch]:
+def augmented(
+    batches: Iterable[Batch], kind: str, mixup: float, classes: int, seed: int, first_step: int = 0
+) -> Iterator[Batch]:
     """The batches, each image shifted by up to an eighth of its side (`shift`; edges repeated) and mirrored half of
     the time (`shift+flip`); then mixed with another of its batch (Zhang et al., ICLR 2018; λ ~ Beta(`mixup`, `mixup`);
-    0: not), whose labels become shares (n, classes). Batch i is a function of `seed` and i."""
+    0: not), whose labels become shares (n, classes). Batch i, from `first_step` on, is a function of `seed` and i."""
+    if kind == "none" and not mixup:
+        yield from batches
+        return
     mix = None
     if mixup > 0:
         from torchvision.transforms import v2  # two seconds to import: only for those who mix
 
         mix = v2.MixUp(alpha=mixup, num_classes=classes)
-    for step, (images, labels) in enumerate(batches):
+    for step, (images, labels) in enumerate(batches, first_step):
         with seeded(seed, "augment", step):
             if kind != "none":
                 layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else None

@@ -197,8 +197,7 @@ class FineTuning:
         """Train `model` (already initialised, on the runtime's device) on `data`, in place, with `fit`. With `ema` the
         averaged weights are in `model` in the end, and at the steps `shown`, when `after_step` sees it."""
         batches = minibatches(data, self.batch_size, self.steps, derive(seed, "data"), runtime)
-        if self.augment != "none" or self.mixup:
-            batches = augmented(batches, self.augment, self.mixup, classes, seed)
+        batches = augmented(batches, self.augment, self.mixup, classes, seed)
         with seeded(seed, "run"):
             parameters = self.choose_parameters(model, architecture, classes)
             optimiser = self.build_optimiser(parameters)

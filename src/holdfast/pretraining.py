@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
+from holdfast.augmentation import augmented
 from holdfast.averaging import WeightAverage
 from holdfast.checkpoints import Checkpoint, Clock
 from holdfast.distributed import ALONE, Group
@@ -139,11 +140,16 @@ def pretrain(
     model = runtime.place(architecture.build(classes, seed))
     tuning.initialise_from(model, start or {}, architecture, classes, seed)
     order = derive(seed, "data")
+
+    def batches(first: int) -> Iterator[Batch]:
+        plainly = minibatches(
+            domain.train, tuning.batch_size, tuning.steps, order, runtime, first_step=first, group=group
+        )
+        return augmented(plainly, tuning.augment, tuning.mixup, classes, seed, first)
+
     train(
         model,
-        lambda first: minibatches(
-            domain.train, tuning.batch_size, tuning.steps, order, runtime, first_step=first, group=group
-        ),
+        batches,
         task.loss,
         tuning,
         tuning.choose_parameters(model, architecture, classes),

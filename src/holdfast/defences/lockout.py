@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
-from holdfast.augmentation import shifted, varied
+from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
 from holdfast.defences.base import (
     Engine,
@@ -27,7 +28,7 @@ from holdfast.defences.base import (
 )
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import ImageData
-from holdfast.errors import require
+from holdfast.errors import require, unknown
 from holdfast.features import Tap, Taps, activations, closed_at, depths
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
@@ -41,6 +42,7 @@ from holdfast.tasks import Task
 from holdfast.training import fit
 
 CALIBRATION = 500  # original images on which the scale of every channel is measured
+SETTLING = 20  # original batches over which the running statistics are taken before a check
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,12 @@ class Lockout(Guarded):
     steps: int = 20  # of Adam an iteration
     lr: float = 1e-3
     batch_size: int = 100  # of each domain
+    augment: str = "none"  # of original images, as an adversary's: none, shift, shift+flip
     shift: bool = True  # restricted images are shifted by up to an eighth of their side
-    vary: float = 0.0  # most noise on half of the original images, which are shifted too; 0: they are as they are
-    spared: float = 0.0  # share of the depths, the first ones, that `spread` and `fisher` leave alone
-    onset: float = 0.0  # share of all iterations, the first, in which s rises from 0
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.02
-    check_every: int = 5
+    check_every: int = 3
     probe_steps: int = 50
     released: ClassVar[Select] = "last"
     measures: ClassVar[bool] = True
@@ -92,7 +92,7 @@ class Lockout(Guarded):
         require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         require(self.close >= 0, f"close must not be negative, but got {self.close}")
-        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation", "vary")
+        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         terms = ("spread", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
@@ -104,8 +104,8 @@ class Lockout(Guarded):
             "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
         )
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
-        require(0 <= self.spared < 1, f"spared must lie in [0, 1), but got {self.spared}")
-        require(0 <= self.onset <= 1 - self.repair, f"onset must lie in [0, 1 - repair], but got {self.onset}")
+        if self.augment not in AUGMENTATIONS:
+            raise unknown("augmentation", self.augment, AUGMENTATIONS)
         require_tolerance(self)
 
     def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
@@ -161,7 +161,6 @@ class _Engine(Engine):
         )
         self.depths = depths(model, _examples(given))
         require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
-        self.depths = self.depths[math.floor(spec.spared * len(self.depths)) :]
         self.thresholds = [closed_at(model, name) for name in self.closed]
         self.units, self.scales = self._calibrate()
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
@@ -178,8 +177,9 @@ class _Engine(Engine):
         )
 
     def phase(self, iteration: int) -> Phase:
-        """Until the repair begins intactness is only recorded."""
-        return "candidate" if iteration > self.length - self._repairing() else "free"
+        """Until the rate has fallen to its half intactness is only recorded: it comes back as the rate falls, and a
+        check that looks sooner weakens what would not have cost anything."""
+        return "candidate" if self._rate(iteration) <= 0.5 else "free"
 
     def _repairing(self) -> int:
         return max(1, round(self.spec.repair * self.length))
@@ -203,14 +203,28 @@ class _Engine(Engine):
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """`steps` steps of Adam; in the second stage one of SOPHON's iterations, with such steps for reinforcement."""
         spec, simulation, rate = self.spec, self.simulation, self._rate(iteration)
-        strength *= min(1.0, iteration / max(1, round(spec.onset * self.length)))
         if simulation is None or iteration <= spec.iterations:
-            return self._train((iteration - 1) * spec.steps, spec.steps, spec.lr * rate, iteration, strength)
-        sophon, into = simulation.spec, iteration - spec.iterations
-        found = [simulation.suppress(into, loop, strength * rate) for loop in range(sophon.fts_loops)]
-        first = spec.iterations * spec.steps + (into - 1) * sophon.ntr_loops
-        rest = self._train(first, sophon.ntr_loops, sophon.beta * rate, iteration, strength)
-        return {"fts": sum(found) / len(found), **rest}
+            found = self._train((iteration - 1) * spec.steps, spec.steps, spec.lr * rate, iteration, strength)
+        else:
+            sophon, into = simulation.spec, iteration - spec.iterations
+            suppressed = [simulation.suppress(into, loop, strength * rate) for loop in range(sophon.fts_loops)]
+            first = spec.iterations * spec.steps + (into - 1) * sophon.ntr_loops
+            rest = self._train(first, sophon.ntr_loops, sophon.beta * rate, iteration, strength)
+            found = {"fts": sum(suppressed) / len(suppressed), **rest}
+        if iteration % spec.check_every == 0 or iteration == self.length:
+            self._settle(iteration)
+        return found
+
+    def _settle(self, iteration: int) -> None:
+        """Give batch normalisation the running statistics that the weights as they are now have on original data (Wu
+        and Johnson, 2021): while these move fast the running ones lag behind, the check finds the original lost that
+        is not, and weakens what it need not."""
+        if not self.normalises:
+            return
+        given = self.given
+        batches = given.batches(given.original.train, self.spec.batch_size, "settle", iteration * SETTLING, SETTLING)
+        with seeded(given.seed, "settle", iteration), given.runtime.autocast():
+            update_bn((images for images, _ in batches), given.model)
 
     def _train(self, first: int, steps: int, lr: float, iteration: int, strength: float) -> dict[str, float]:
         """Steps `first` … `first + steps − 1` of Adam, each on a batch of each domain."""
@@ -218,13 +232,12 @@ class _Engine(Engine):
         for group in self.adam.param_groups:
             group["lr"] = lr
         ours = given.batches(given.original.train, spec.batch_size, "original", first, steps)
+        ours = augmented(ours, spec.augment, 0.0, len(given.original.classes), derive(given.seed, "ours"), first)
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, steps)
         seen: dict[str, Tensor] = {}
         lent = Lent()
 
         def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            if spec.vary:
-                images = given.runtime.images(varied(images, spec.vary))
             with lent.lending():
                 outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
