@@ -9,7 +9,7 @@ from torch import nn
 
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
 from holdfast.defences.base import Given
-from holdfast.defences.lockout import Lockout
+from holdfast.defences.lockout import SETTLING, Lockout
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
@@ -216,10 +216,44 @@ def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, origi
     assert gains[-1] > 3, "the head sees one answer to all restricted images"
 
 
+def test_running_statistics_are_those_of_the_weights_at_hand(original, restricted, task, runtime, clean_state) -> None:
+    """After the check's iteration the first layer's mean is that over `SETTLING` whole batches; before it, it lags."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    model = architecture.build(5)
+    model.load_state_dict(clean_state)
+    spec = Lockout(iterations=4, steps=2, check_every=2, batch_size=20, close=2, lr=1e-2)
+    given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    engine = spec.engine(given)
+
+    def gap() -> float:
+        batches = given.batches(original.train, 20, "settle", 2 * SETTLING, SETTLING)
+        with torch.no_grad():
+            means = [model[0](images).mean((0, 2, 3)) for images, _ in batches]
+        return (torch.stack(means).mean(0) - model[1].running_mean).abs().max().item()
+
+    engine.iterate(1, 1.0)
+    assert gap() > 1e-3
+    engine.iterate(2, 1.0)
+    assert gap() < 1e-5
+    assert model.training
+    assert model[1].momentum == 0.1
+
+
+def test_intactness_is_a_constraint_once_the_rate_has_halved(original, restricted, task, runtime, clean_state) -> None:
+    """Of 10 iterations the last 4 repair: rates 1, 0.854, 0.5, 0.146 by half a cosine."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
+    engine = Lockout(iterations=10, repair=0.4, close=2).engine(given)
+    assert [engine.phase(i) for i in range(7, 11)] == ["free", "free", "candidate", "candidate"]
+    assert engine.phase(1) == "free"
+
+
 def test_bad_values_are_one_line(original, restricted, architecture, task, runtime) -> None:
     for field, value in (("hinge", -1.0), ("repair", 0.0), ("close", -1), ("batch_size", 1), ("tolerance", 1.0)):
         with pytest.raises(UserError, match=field):
             replace(Lockout(), **{field: value})
+    with pytest.raises(UserError, match="unknown augmentation 'flip'"):
+        Lockout(augment="flip")
     with pytest.raises(UserError, match="must be above 0, but all are 0"):
         Lockout(hinge=0.0, flat=0.0, spread=0.0)
     with pytest.raises(UserError, match="must be above 0, but all are 0"):
