@@ -246,6 +246,7 @@ def test_intactness_is_a_constraint_once_the_rate_has_halved(original, restricte
     engine = Lockout(iterations=10, repair=0.4, close=2).engine(given)
     assert [engine.phase(i) for i in range(7, 11)] == ["free", "free", "candidate", "candidate"]
     assert engine.phase(1) == "free"
+    assert Lockout(iterations=1, close=2).engine(given).phase(1) == "candidate", "something has to be released"
 
 
 def test_bad_values_are_one_line(original, restricted, architecture, task, runtime) -> None:
