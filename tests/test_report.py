@@ -85,6 +85,8 @@ def test_summary_by_hand() -> None:
     assert default["recovery"] == pytest.approx((0.205 - 0.1) / (0.805 - 0.1))
     assert default["cost_ratio"] is None
     assert default["interval"] == pytest.approx([-0.3, -0.3])
+    # The envelopes after step 0: 0.7, 0.8 protected and 0.5, 0.7 from scratch.
+    assert s["restricted"]["worst_case"]["interval_along"] == pytest.approx([0.15, 0.15])
     # scratch ends at 0.705; less 2 points 0.685: it arrives at step 18.95 of …, protected at 9.xx
     assert worst["cost_ratio"] == pytest.approx((10 * (0.685 - 0.1) / 0.605) / (10 + 10 * (0.685 - 0.505) / 0.2))
     assert (idle["verdict"], idle["recovery"]) == ("inconclusive", None)

@@ -85,8 +85,9 @@ def final_verdict(found: Verdict, checks: Sequence[Check]) -> Verdict:
 
 def _worst_entry(worst: WorstCase) -> dict[str, Any]:
     gap = paired(worst.protected.final("protected"), worst.scratch.final("scratch"))
-    # `interval`: of protected − scratch, each at its own best. `steps`: of the envelopes, the best attack at each step.
-    entry: dict[str, Any] = {"interval": _limits(gap), "steps": worst.steps}
+    way = paired(*([area(curve) for curve in worst.envelopes[m]] for m in ("protected", "scratch")))
+    # Of protected − scratch, each at its own best. `steps`: of the envelopes, the best attack at each step.
+    entry: dict[str, Any] = {"interval": _limits(gap), "interval_along": _limits(way), "steps": worst.steps}
     for model in MODELS:
         found: Measured = getattr(worst, model)
         entry[model] = {
