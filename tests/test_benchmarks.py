@@ -4,9 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from holdfast.inputs import Inputs
+from holdfast.recipes import parse_recipe
 from holdfast.runtime import Runtime
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -39,6 +44,16 @@ def test_images_a_second_as_a_share_of_the_matrix_rate() -> None:
     found = module.measure("small_conv", 16, 8, 1, 1, runtime, (False,), peak)
     asked = found["images_per_second"]["eager"] * found["gflops_an_image"] * 1e9
     assert abs(found["share"]["eager"] - asked / peak) < 0.02
+
+
+def test_a_whole_setting_is_projected_from_a_few_iterations(tiny_recipe) -> None:
+    """By hand: hours = the mean of the iterations that count × all of the setting's ÷ 3600."""
+    recipe = parse_recipe({**tiny_recipe, "runtime": {"device": "cpu", "precision": "float32"}})
+    spec = replace(recipe.defence_object, iterations=36_000)
+    found = load("protection").measure(Inputs(recipe), spec, False, 1, 2)
+    assert len(found["first"]) == 1
+    assert 0 < found["seconds_an_iteration"] == pytest.approx(found["hours"] / 10, abs=1e-3)
+    assert all(seconds >= 0 for seconds in found["check"])
 
 
 def test_peak_memory_is_measured_in_a_fresh_process() -> None:
