@@ -44,6 +44,7 @@ class Bench:
         identity: str = "x",
         iterate=None,
         may_fail: tuple[str, ...] = (),
+        settle=lambda i: None,
     ):
         return run_guarded(
             self.model,
@@ -55,6 +56,7 @@ class Bench:
             restricted=lambda: 0.5 - self.weight(),
             identity=identity,
             workplace=workplace or Workplace(),
+            settle=settle,
             may_fail=may_fail,
         )
 
@@ -75,6 +77,20 @@ def test_a_breach_goes_back_and_weakens_suppression() -> None:
     assert bench.seen[2][2] == pytest.approx(0.05)  # the third iteration started from the last good state
     assert bench.weight() == pytest.approx(0.06)
     assert bench.optimiser.state_dict()["state"][0]["step"].item() == 2  # one of three steps was undone
+
+
+def test_a_state_is_settled_before_it_is_measured_and_only_then() -> None:
+    bench, settled = Bench([0.05, 0.02, math.nan, 0.01, 0.01]), []
+
+    def settle(i: int) -> None:
+        settled.append(i)
+        with torch.no_grad():
+            bench.model.weight.add_(0.001)
+
+    history = bench.run(every=2, settle=settle)
+    assert settled == [2, 4, 5], "checks are due at 2, 4 and the end; a broken state is not measured"
+    assert history.checks[1]["original"] == pytest.approx(1 - 0.071)
+    assert bench.weight() == pytest.approx(0.071 + 0.5 * 0.01 + 0.001 + 0.625 * 0.01 + 0.001)
 
 
 def test_nan_goes_back_at_once_even_between_checks() -> None:

@@ -97,6 +97,10 @@ def test_changes_do_not_reach_into_values() -> None:
         ({"audit": {"battery": "quik"}}, "unknown battery 'quik'.*did you mean 'quick'"),
         ({"audit": {"seeds": 0}}, "seeds must be at least 1"),
         ({"pretrain": {"lr": 9999}}, "lr must lie in"),
+        (
+            {"pretrain": {"mixup": 0.2}, "self_supervised": {"method": "simclr"}},
+            "self_supervised makes views of its own",
+        ),
         ({"pretrain": {"optimizer": "adam"}}, "unknown key 'pretrain.optimizer'"),
         ({"model": {"size": 2}}, "image size must be in"),
         ({"model": {"channels": 2}}, "channels must be 1"),

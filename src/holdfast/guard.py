@@ -127,14 +127,16 @@ def run_guarded(
     phase: Callable[[int], Phase] = lambda _: "candidate",
     select: Select = "lowest",
     done: Callable[[int], bool] = lambda _: False,
+    settle: Callable[[int], None] = lambda _: None,
     may_fail: Collection[str] = (),
 ) -> History:
     """Call `iterate(i, strength)` for i = 1 … `iterations`; leave in `model` the best state within tolerance.
 
     `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches. Of the
     candidates within tolerance the one with the `lowest` of it is released, or the `last`. The unprotected model is
-    itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then
-    a run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i.
+    itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then a
+    run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i. `settle(i)` makes
+    the state after iteration i fit to be measured, where that is due; only what is measured is ever released.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     A loss that is not finite means a broken model, but for those that `may_fail`: there an iteration said nothing.
     """
@@ -162,6 +164,8 @@ def run_guarded(
             broken = not failed <= set(may_fail)
             progress.history.silent += bool(failed)
             if broken or i % guard.every == 0 or last:
+                if not broken:
+                    settle(i)
                 measures = (original, probe, phase(i), select)
                 good, best = _check(
                     model, optimisers, guard, floor, measures, losses, broken, progress, good, best, group.any

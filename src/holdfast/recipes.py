@@ -86,6 +86,10 @@ class Recipe:
             self.self_supervised is None or self.weights is None,
             "self_supervised pre-trains from scratch; it cannot go with weights",
         )
+        require(
+            self.self_supervised is None or (self.pretrain.augment == "none" and not self.pretrain.mixup),
+            "self_supervised makes views of its own; it cannot go with pretrain.augment or pretrain.mixup",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; `load` of it gives the same recipe."""

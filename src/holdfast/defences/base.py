@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from holdfast.distributed import ALONE, Group, current
 from holdfast.domains import Domain, ImageData, holdout
@@ -20,10 +22,12 @@ from holdfast.guard import Guard, History, Phase, Select, Stateful, run_guarded
 from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
-from holdfast.seeding import derive, generator
+from holdfast.seeding import derive, generator, seeded
 from holdfast.tasks import Task
 from holdfast.training import Batch, evaluate, minibatches
 from holdfast.workplace import Workplace
+
+SETTLING = 20  # original batches over which `Given.settle` takes running statistics
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class Given:
         see `minibatches`."""
         seed = derive(self.seed, stream)
         return minibatches(data, size, first + count, seed, self.runtime, first_step=first, group=self.group)
+
+    def settle(self, iteration: int, size: int) -> None:
+        """Give batch normalisation the running statistics that the weights as they are now have on `SETTLING` batches
+        of `size` original images (Wu and Johnson, 2021): while these move fast the running ones lag behind, the check
+        finds the original lost that is not, and weakens what it need not."""
+        if not size or not _normalises_batches(self.model):
+            return
+        batches = self.batches(self.original.train, size, "settle", iteration * SETTLING, SETTLING)
+        with seeded(self.seed, "settle", iteration), self.runtime.autocast():
+            update_bn((images for images, _ in batches), self.model)
 
     def original_metric(self) -> float:
         """The original metric on validation data."""
@@ -155,12 +169,14 @@ class Flag:
 class Engine(ABC):
     """The moving parts of one protection: `length` iterations; `states`: what goes back with the model after a breach;
     `restricted_metric`: what the curve shows, and the selection may look at, lower is better; `may_fail`: losses that
-    are NaN in an iteration that had nothing to say, though the model is whole."""
+    are NaN in an iteration that had nothing to say, though the model is whole; `settling`: the size of the batches with
+    which running statistics are taken anew before a check (`Given.settle`), 0 where they are left."""
 
     length: int
     states: Mapping[str, Stateful]
     restricted_metric: Callable[[], float]
     may_fail: ClassVar[Collection[str]] = ()
+    settling: int = 0
 
     @abstractmethod
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
@@ -290,12 +306,13 @@ class Guarded:
             phase=engine.phase,
             select=self.released,
             done=engine.done,
+            settle=partial(given.settle, size=engine.settling),
             may_fail=engine.may_fail,
         )
 
 
 def _normalises_batches(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
 
 
 def require_tolerance(spec: Guarded) -> None:

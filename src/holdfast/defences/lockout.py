@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
@@ -42,7 +41,6 @@ from holdfast.tasks import Task
 from holdfast.training import fit
 
 CALIBRATION = 500  # original images on which the scale of every channel is measured
-SETTLING = 20  # original batches over which the running statistics are taken before a check
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class _Engine(Engine):
     may_fail = ("fts",)
 
     def __init__(self, spec: Lockout, given: Given) -> None:
-        self.spec, self.given, self.length = spec, given, spec.iterations
+        self.spec, self.given, self.length, self.settling = spec, given, spec.iterations, spec.batch_size
         model = given.model
         self.simulation = spec.sophon.engine(given) if spec.sophon else None
         if spec.sophon:
@@ -211,20 +209,7 @@ class _Engine(Engine):
             first = spec.iterations * spec.steps + (into - 1) * sophon.ntr_loops
             rest = self._train(first, sophon.ntr_loops, sophon.beta * rate, iteration, strength)
             found = {"fts": sum(suppressed) / len(suppressed), **rest}
-        if iteration % spec.check_every == 0 or iteration == self.length:
-            self._settle(iteration)
         return found
-
-    def _settle(self, iteration: int) -> None:
-        """Give batch normalisation the running statistics that the weights as they are now have on original data (Wu
-        and Johnson, 2021): while these move fast the running ones lag behind, the check finds the original lost that
-        is not, and weakens what it need not."""
-        if not self.normalises:
-            return
-        given = self.given
-        batches = given.batches(given.original.train, self.spec.batch_size, "settle", iteration * SETTLING, SETTLING)
-        with seeded(given.seed, "settle", iteration), given.runtime.autocast():
-            update_bn((images for images, _ in batches), given.model)
 
     def _train(self, first: int, steps: int, lr: float, iteration: int, strength: float) -> dict[str, float]:
         """Steps `first` … `first + steps − 1` of Adam, each on a batch of each domain."""
