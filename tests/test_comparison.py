@@ -118,7 +118,7 @@ def test_the_table(compared: Path) -> None:
 
 
 def test_a_sweep_is_a_run_for_each_value_and_a_frontier(several: Path, tmp_path: Path) -> None:
-    plans = plan_comparison(several, ["ntl"], [], 1, tmp_path, "defence.iterations=4,10")
+    plans = plan_comparison(several, ["ntl"], [], 1, tmp_path, ["defence.iterations=4,10"])
     assert [p.preset for p in plans] == ["ntl@iterations=4", "ntl@iterations=10"]
     assert [p.recipe.as_dict()["defence"]["iterations"] for p in plans] == [4, 10]
     found = run_comparison(plans)
@@ -134,6 +134,22 @@ def test_a_sweep_is_a_run_for_each_value_and_a_frontier(several: Path, tmp_path:
     assert (tmp_path / "figures" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_preset_may_have_a_sweep_of_its_own(several: Path, tmp_path: Path) -> None:
+    def labels(*sweeps: str) -> list[str]:
+        return [p.preset for p in plan_comparison(several, [], [], 1, tmp_path, sweeps)]
+
+    assert labels("ntl:defence.iterations=4,10") == ["identity", "ntl@iterations=4", "ntl@iterations=10"]
+    recipe = yaml.safe_load(several.read_text())
+    recipe["presets"] = {"plain": recipe["presets"]["ntl"], "ntl": recipe["presets"]["ntl"]}
+    several = tmp_path / "several.yaml"
+    several.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert labels("ntl:defence.iterations=4", "defence.tolerance=0.1,0.2") == [
+        "plain@tolerance=0.1",
+        "plain@tolerance=0.2",
+        "ntl@iterations=4",
+    ]
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -143,11 +159,15 @@ def test_a_sweep_is_a_run_for_each_value_and_a_frontier(several: Path, tmp_path:
         ("defence.name=ntl,sophon", "a sweep is defence.FIELD=V1,V2,"),
         ("defence.tolerance=0.1,0.1", "a value is swept twice"),
         ("defence.nosuch=1,2", "nosuch"),
+        ("ntl:tolerance=0.1", "or PRESET:defence.FIELD=…; got 'ntl:tolerance=0.1'"),
+        ("skd:defence.tolerance=0.1", "no preset 'skd' is compared, .*valid: ntl"),
+        ("ntl:defence.tolerance=0.1 & ntl:defence.iterations=2", "ntl is swept twice"),
+        ("defence.tolerance=0.1 & defence.iterations=2", "every preset is swept twice"),
     ],
 )
 def test_what_cannot_be_swept(several: Path, tmp_path: Path, sweep: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan_comparison(several, ["ntl"], [], 1, tmp_path, sweep)
+        plan_comparison(several, ["ntl"], [], 1, tmp_path, sweep.split(" & "))
 
 
 def test_it_goes_on_where_it_was(compared: Path, several: Path) -> None:

@@ -250,8 +250,11 @@ def compare(
         str | None, typer.Option(metavar="NAME", help="The attack with a column and a figure of its own.")
     ] = None,
     sweep: Annotated[
-        str | None,
-        typer.Option(metavar="KEY=V1,V2,…", help="Each preset with each value, as defence.tolerance=0.01,0.05."),
+        list[str] | None,
+        typer.Option(
+            metavar="[PRESET:]KEY=V1,V2,…",
+            help="Each preset, or the one that is named, with each value, as defence.tolerance=0.01,0.05. Repeatable.",
+        ),
     ] = None,
     changes: Set = None,
     resume: Resume = False,
@@ -263,7 +266,7 @@ def compare(
     from holdfast.report.compare import as_markdown, write_comparison
 
     chosen = [p.strip() for p in presets.split(",")] if presets else []
-    plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out, sweep)
+    plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out, sweep or [])
     check_comparison(plans, attack)
     found = run_comparison(plans, resume, Reporter(quiet))
     column = attack or column_attack(plans)

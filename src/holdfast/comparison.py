@@ -38,12 +38,18 @@ def presets_of(source: str | Path) -> list[str]:
 
 
 def plan_comparison(
-    source: str | Path, presets: Sequence[str], changes: Sequence[str], seeds: int, out: Path, sweep: str | None = None
+    source: str | Path,
+    presets: Sequence[str],
+    changes: Sequence[str],
+    seeds: int,
+    out: Path,
+    sweeps: Sequence[str] = (),
 ) -> list[Plan]:
     """Every preset × protection seed, folder `out/seed-S/PRESET`. `UserError` where presets differ in more than the
     defence.
 
-    `sweep`: `defence.FIELD=V1,V2,…`; then every preset with each value, as `PRESET@FIELD=V`.
+    `sweeps`: `defence.FIELD=V1,V2,…`, then every preset with each value, as `PRESET@FIELD=V`; or `PRESET:defence.…` for
+    one of them, whose strength has another name.
     """
     known = presets_of(source)
     chosen = list(presets) or known
@@ -61,7 +67,8 @@ def plan_comparison(
         "a comparison has the seeds 0 … n − 1; give --seeds N instead of seed=…",
     )
     plans = []
-    named = [(f"{p}{label}", p, extra) for p in chosen for label, extra in _swept(sweep)]
+    swept = _sweeps(sweeps, chosen)
+    named = [(f"{p}{label}", p, extra) for p in chosen for label, extra in swept[p]]
     labels = [label for label, _, _ in named]
     for seed in range(seeds):
         recipes = [load_recipe(source, p, [*changes, *extra, f"seed={seed}"]) for _, p, extra in named]
@@ -77,17 +84,30 @@ def plan_comparison(
     return plans
 
 
-def _swept(sweep: str | None) -> list[tuple[str, list[str]]]:
-    """What is added to a preset's name, and the change, for each value; one of neither without a sweep."""
-    if sweep is None:
-        return [("", [])]
-    key, _, given = sweep.partition("=")
-    key, values = key.strip(), listed(given)
+def _sweeps(sweeps: Sequence[str], presets: Sequence[str]) -> dict[str, list[tuple[str, list[str]]]]:
+    """For each preset what is added to its name, and the change, for each value; one of neither without a sweep."""
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for sweep in sweeps:
+        before, colon, after = sweep.partition(":")
+        whose, rest = (before.strip(), after) if colon and "=" not in before else ("", sweep)
+        require(
+            not whose or whose in presets,
+            f"no preset '{whose}' is compared, which '{sweep}' would sweep; valid: {', '.join(presets)}",
+        )
+        require(whose not in found, f"{whose or 'every preset'} is swept twice; the second time by '{sweep}'")
+        found[whose] = _swept(rest, sweep)
+    return {p: found.get(p) or found.get("") or [("", [])] for p in presets}
+
+
+def _swept(sweep: str, given: str) -> list[tuple[str, list[str]]]:
+    key, _, text = sweep.partition("=")
+    key, values = key.strip(), listed(text)
     require(
-        key.startswith("defence.") and key not in ("defence.", "defence.name") and bool(values) and "/" not in given,
-        f"a sweep is defence.FIELD=V1,V2,… such as defence.tolerance=0.01,0.02,0.05; got '{sweep}'",
+        key.startswith("defence.") and key not in ("defence.", "defence.name") and bool(values) and "/" not in text,
+        "a sweep is defence.FIELD=V1,V2,… such as defence.tolerance=0.01,0.02,0.05, or PRESET:defence.FIELD=…; got "
+        f"'{given}'",
     )
-    require(len(set(values)) == len(values), f"a value is swept twice: {given}")
+    require(len(set(values)) == len(values), f"a value is swept twice: {text}")
     field = key.removeprefix("defence.")
     return [(f"@{field}={v}", [f"{key}={v}"]) for v in values]
 
