@@ -177,6 +177,19 @@ def test_it_goes_on_where_it_was(compared: Path, several: Path) -> None:
     assert (compared / "seed-1" / "ntl" / "records.jsonl").read_bytes() == before
 
 
+def test_more_audit_seeds(compared: Path, several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "more"
+    shutil.copytree(compared, out)
+    plans = plan_comparison(several, [], ["audit.seeds=3"], 2, out)
+    found = run_comparison(plans, resume=True)
+    for seed in (0, 1):
+        first, other = (out / f"seed-{seed}" / name / "records.jsonl" for name in ("identity", "ntl"))
+        assert first.read_bytes().startswith((compared / first.relative_to(out)).read_bytes())
+        assert controls(first) == controls(other)
+        assert {r["seed"] for r in lines(other) if r["model"] == "protected" and r["attack"] == "plain"} == {0, 1, 2}
+        assert next(c for c in found["ntl"][seed]["checks"] if c["name"] == "enough seeds")["passed"]
+
+
 def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) -> None:
     assert presets_of(several) == ["identity", "ntl"]
     with pytest.raises(UserError, match="unknown preset"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,30 @@ class TestResume:
             ours, theirs = load_weights(out / part), load_weights(expected / part)
             assert all(torch.equal(ours[k], theirs[k]) for k in theirs), part
         assert values(out) == values(expected)
+
+    def test_more_audit_seeds_are_added_to_those_that_are_there(
+        self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        recipe, expected = undisturbed
+        out = tmp_path / "run"
+        shutil.copytree(expected, out)
+        before = {f: (out / f).read_bytes() for f in ("run.json", "records.jsonl", "bundle/model.safetensors")}
+        call = (capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--set")
+        for more in (("audit.seeds=3",), ("audit.seeds=1", "--resume")):
+            code, _, err = cli(*call, *more)
+            assert code == 2
+            assert f"audit.seeds was 2, is {more[0][-1]}" in err
+        assert {f: (out / f).read_bytes() for f in before} == before
+        code, _, err = cli(*call, "audit.seeds=3", "--resume")
+        assert code == 0, err
+        assert (out / "records.jsonl").read_bytes().startswith(before["records.jsonl"])
+        assert (out / "bundle" / "model.safetensors").read_bytes() == before["bundle/model.safetensors"]
+        found = values(out)
+        assert [v for v in found if v[2] < 2] == values(expected)
+        assert len([v for v in found if v[2] == 2]) == len([v for v in found if v[2] == 1])
+        assert "audit seeds 0, 1, 2;" in (out / "report.html").read_text()
+        code, _, err = cli(*call, "audit.seeds=3", "--resume")
+        assert code == 0, err
 
     def test_terminated_after_the_step_at_hand(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         """SIGTERM saves what no timer has saved, and the run goes on from there to the same end."""

@@ -125,17 +125,17 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.path / "run.json"
 
-    def check(self, identity: dict[str, Any]) -> None:
+    def check(self, identity: dict[str, Any], resume: bool = False) -> None:
         """`UserError` where the folder is not free for the run that `identity` describes. Nothing is written.
 
-        A new or empty folder is free, and one that holds the same run.
+        A new or empty folder is free, and one that holds the same run; to `resume`, also with fewer audit seeds.
         """
         mine = fingerprint(identity)
         if self.manifest.exists():
             held = read_json(self.manifest)
             theirs = held.get("fingerprint") if isinstance(held, dict) else None
             require(
-                theirs == mine,
+                theirs in (mine, *(_with_fewer_seeds(identity) if resume else ())),
                 f"{self.path} belongs to another run ({_title(held)}, fingerprint {theirs}; this one is {mine}"
                 f"{_differing(held, identity)}); choose another --out, or run with the recipe and options that made it",
             )
@@ -150,12 +150,12 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def claim(self, identity: dict[str, Any]) -> Iterator[None]:
+    def claim(self, identity: dict[str, Any], resume: bool = False) -> Iterator[None]:
         """Take the folder for a run, or refuse it untouched, and hold it for the length of the block."""
-        self.check(identity)
+        self.check(identity, resume)
         with self.lock():
-            self.check(identity)
-            if not self.manifest.exists():
+            self.check(identity, resume)
+            if not self.manifest.exists() or read_json(self.manifest)["fingerprint"] != fingerprint(identity):
                 write_json(self.manifest, {"schema": 1, "fingerprint": fingerprint(identity), **identity})
             yield
 
@@ -173,6 +173,14 @@ class RunFolder:
             except OSError:
                 raise UserError(f"{self.path} is in use by another holdfast process; wait for it or stop it") from None
             yield
+
+
+def _with_fewer_seeds(identity: Mapping[str, Any]) -> Iterator[str]:
+    """Fingerprints of the same run with 1, 2, … audit seeds: what it measured with them stands with more."""
+    recipe = identity.get("recipe") or {}
+    audit = recipe.get("audit") or {}
+    for seeds in range(1, audit.get("seeds") or 0):
+        yield fingerprint({**identity, "recipe": {**recipe, "audit": {**audit, "seeds": seeds}}})
 
 
 def _differing(held: Any, identity: Mapping[str, Any], most: int = 3) -> str:

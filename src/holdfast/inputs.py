@@ -276,8 +276,10 @@ class Inputs:
 
     @property
     def work_identity(self) -> str:
-        """The name that checkpoints carry."""
-        return fingerprint({**self.identity(), "content": self.content})
+        """The name that checkpoints carry; they know no audit seeds, of which there may be more when work goes on."""
+        identity = self.identity()
+        identity["recipe"]["audit"].pop("seeds")
+        return fingerprint({**identity, "content": self.content})
 
     def facts(self, attacks: Sequence[Attack], left_out: Mapping[str, str]) -> dict[str, Any]:
         """What a reader of the records needs to know: data, seeds, battery, attacks, hashes."""

@@ -53,7 +53,8 @@ NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean m
 class Run:
     """One recipe at work in one folder. Stages are methods; each leaves its files whole or not at all.
 
-    `resume`: continue stages that have begun; without it, a stage that has files is refused. `controls`: the folder of
+    `resume`: continue stages that have begun, with more audit seeds than before or as many; without it, a stage that
+    has files is refused. `controls`: the folder of
     another run on the same data and clean weights, whose clean and from-scratch results are taken over. `shared`: a
     clean model to take instead of pre-training the same; neither is part of what makes the run this run. `group`: the
     processes that torchrun has started; they share pre-training and protection, and the first does what is left.
@@ -83,7 +84,7 @@ class Run:
         with ExitStack() as held:
 
             def hold() -> None:
-                held.enter_context(RunFolder(self.out).claim(self.inputs.identity()))
+                held.enter_context(RunFolder(self.out).claim(self.inputs.identity(), self.resume))
 
             self.group.agreed(hold)
             yield
