@@ -37,7 +37,18 @@ def test_the_ratio_of_spreads_by_hand_and_under_scaling() -> None:
     )
     still = torch.ones(4, 2)
     assert log_spread_ratio(still, original.repeat(1, 2), floor=1e-3).item() == pytest.approx(math.log(1e-3))
-    assert math.isfinite(log_spread_ratio(restricted, still[:2, :1]).item())
+
+
+def test_a_dead_layer_has_nothing_to_say() -> None:
+    """Of residual branches weight decay leaves some that are zero for every image; the gradient was not a number."""
+    dead, faint = torch.zeros(4, 3), 1e-8 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for restricted in (dead, faint, faint + 1):
+        restricted = restricted.clone().requires_grad_()
+        value = log_spread_ratio(restricted, dead)
+        assert value.item() == pytest.approx(math.log(1e-4), abs=1e-3)
+        value.backward()
+        assert restricted.grad.isfinite().all()
+    assert log_spread_ratio(torch.tensor([[0.0], [2.0]]), dead).item() == pytest.approx(math.log(1e6))
 
 
 def test_the_hinge_by_hand() -> None:

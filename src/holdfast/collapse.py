@@ -11,6 +11,7 @@ from torch import Tensor
 
 from holdfast.errors import require
 
+SPREADLESS = 1e-6  # a variance below it is none: a dead layer's, by which nothing is divided
 FLOOR = 1e-4  # of a variance's share: below it nothing more is asked for, and nothing can be gained by a jump to zero
 
 
@@ -24,8 +25,9 @@ def log_spread_ratio(restricted: Tensor, original: Tensor, floor: float = FLOOR)
     """log( between_images(restricted) ÷ between_images(original) + floor ).
 
     Not changed where the layer is scaled, so it cannot be lowered by making a layer small, which an attacker would
-    undo. Lies in [log floor, ∞); 0 (but for `floor`) where both domains spread alike."""
-    ratio = between_images(restricted) / between_images(original).clamp(min=torch.finfo(torch.float32).tiny)
+    undo; but for one that is dead to original images (a variance below 1e-6), where only the restricted ones' counts.
+    Lies in [log floor, ∞); 0 (but for `floor`) where both domains spread alike."""
+    ratio = between_images(restricted) / between_images(original).clamp(min=SPREADLESS)
     return (ratio + floor).log()
 
 
