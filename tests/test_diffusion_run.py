@@ -256,8 +256,8 @@ class TestDefences:
         given, lockout = self.given(), DEFENCES["lockout"]
         spec = lockout(close=2, iterations=2, steps=2, batch_size=8, check_every=1, answer=1.0, probe_steps=2)
         engine = spec.prepare(given)
-        assert not any("time_emb" in name for name in engine.depths)
-        assert len(engine.depths) > 30
+        assert not any("time_emb" in name for name in engine.places.depths)
+        assert len(engine.places.depths) > 30
         losses = engine.iterate(1, 1.0)
         assert all(map(math.isfinite, losses.values()))
         assert losses["answer"] > 0

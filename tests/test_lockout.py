@@ -106,11 +106,11 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
     spec = Lockout(close=2, iterations=2, steps=1, batch_size=4, check_every=1, probe_steps=1)
     engine = spec.prepare(Given(model, domain, domain.train, 5, architecture, task, runtime))
     assert len(activations(model, architecture.example())) >= least_closed
-    assert all(threshold <= 0 for threshold in engine.thresholds)
-    assert len(engine.depths) >= least_depths
-    with torch.no_grad(), Taps(model, engine.closed) as taps:
+    assert all(threshold <= 0 for threshold in engine.places.thresholds)
+    assert len(engine.places.depths) >= least_depths
+    with torch.no_grad(), Taps(model, engine.places.closed) as taps:
         model(architecture.example(2))
-    for unit, values in zip(engine.units, taps.values, strict=True):
+    for unit, values in zip(engine.places.units, taps.values, strict=True):
         channels = values.shape[2] if values.ndim == 3 else values.shape[1]
         assert unit.numel() == channels == unit.shape[values.ndim - 1 if values.ndim == 3 else 1]
     before = state_of(model)

@@ -127,6 +127,19 @@ def test_a_spoilt_model_is_called_spoilt_whatever_the_verdict() -> None:
     assert "ability is lost" not in " ".join(conclusion(summarise(records(3, curves), 0.1, COST)))
 
 
+def test_where_it_stands_between_what_it_cost_and_what_it_left() -> None:
+    s = summarise(records(3, {"direct+all": CURVES["direct+all"]}), 0.1, COST)
+    worst = s["restricted"]["worst_case"]
+    worst["protected"] |= {"along_the_way": 0.42, "final": 0.55}
+    worst["clean"] |= {"along_the_way": 0.70, "final": 0.80}
+    worst["scratch"] |= {"along_the_way": 0.40, "final": 0.60}
+    s["intactness"]["ratio"] = 0.97
+    said = " ".join(conclusion({**s, "protection": {"tolerance": 0.02, "released": 3}}))
+    assert "spent 3.0 % of the original accuracy; the tolerance is 2.0 % on validation data" in said
+    assert "it left along the way +2.0 of +30.0 and at the end −5.0 of +20.0 points." in said
+    assert "the tolerance is" not in " ".join(conclusion(s)), "somebody else's checkpoint"
+
+
 def test_the_worst_case_is_chosen_on_validation_data() -> None:
     rows = [
         replace(r, value=0.95) if (r.attack, r.model, r.split, r.step) == ("direct+all", "protected", "test", 20) else r

@@ -1,11 +1,11 @@
-"""What all defences share: what they are given, the way from an engine to `protect`, the adversary that probes."""
+"""What all defences share: what they are given, and the way from an engine to `protect`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,15 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from holdfast.distributed import ALONE, Group, current
-from holdfast.domains import Domain, ImageData, holdout
+from holdfast.domains import Domain, ImageData
 from holdfast.errors import require
 from holdfast.features import Tap
-from holdfast.finetuning import FineTuning, Initialise
+from holdfast.finetuning import FineTuning
 from holdfast.guard import Guard, History, Phase, Select, Stateful, run_guarded
-from holdfast.metrics import area, evaluation_steps
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
-from holdfast.seeding import derive, generator, seeded
+from holdfast.seeding import derive, seeded
 from holdfast.tasks import Task
 from holdfast.training import Batch, evaluate, minibatches
 from holdfast.workplace import Workplace
@@ -97,58 +96,6 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, tracks in zip(layers, before, strict=True):
             layer.track_running_stats = tracks
-
-
-class Prober:
-    """A fixed adversary on a part of the defender's half that it does not train on: the whole model (default: by Adam
-    at 1e-3), with the head kept or re-initialised; what the better of these reaches, averaged over evaluations along
-    the way.
-
-    The defence has seen these images: good enough to rank states, too kind to be a result.
-    """
-
-    def __init__(
-        self,
-        given: Given,
-        steps: int,
-        batch_size: int = 100,
-        initialise: tuple[Initialise, ...] = ("head",),
-        learner: nn.Module | None = None,
-        optimiser: str = "adam",
-        lr: float = 1e-3,
-    ) -> None:
-        self.given, self.initialise = given, initialise
-        self.learner = given.learner() if learner is None else learner
-        self.tuning = FineTuning(optimiser=optimiser, lr=lr, weight_decay=0.0, batch_size=batch_size, steps=steps)
-        parts = holdout(given.restricted.labels, 0.3, generator(given.seed, "probe"))
-        self.adapt, self.held_out = (given.restricted.subset(p) for p in parts)
-
-    def __call__(self) -> float:
-        """What the best of the adversaries reaches."""
-        return max(self.probe(i) for i in self.initialise)
-
-    def probe(self, initialise: Initialise) -> float:
-        """Fine-tune a copy of the model, and average its metric along the way."""
-        given, values = self.given, list[float]()
-
-        def note(step: int, how: str) -> None:
-            values.append(evaluate(self.learner, self.held_out, given.task, given.runtime)[0])
-
-        tuning = replace(self.tuning, initialise=initialise)
-        result = tuning.run_from(
-            given.model.state_dict(),
-            self.learner,
-            self.adapt,
-            given.task,
-            given.architecture,
-            given.classes,
-            runtime=given.runtime,
-            seed=derive(given.seed, "probe", initialise),
-            steps=evaluation_steps(tuning.steps, 5),
-            note=note,
-        )
-        # A state on which the probe overflows has only hidden its gradients: never to be selected for that.
-        return 1.0 if result.diverged_at else area(values)
 
 
 class Flag:

@@ -14,33 +14,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
-from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
+from holdfast.collapse import between_images, hinge, log_spread_ratio
 from holdfast.defences.base import (
     Engine,
     Given,
     Guarded,
-    Prober,
     own_statistics,
     require_positive,
     require_rates,
     require_tolerance,
 )
+from holdfast.defences.places import Places, activations_of, open_share
+from holdfast.defences.probing import Prober
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import ImageData
 from holdfast.errors import require, unknown
-from holdfast.features import Tap, Taps, activations, closed_at, depths
+from holdfast.features import Taps
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
-from holdfast.layers import evaluating
 from holdfast.models import load_state
 from holdfast.normalisation import Lent
 from holdfast.optimisers import adam
-from holdfast.seeding import derive, generator, seeded
+from holdfast.seeding import derive, seeded
 from holdfast.separation import fisher_ratio
 from holdfast.tasks import Task
 from holdfast.training import fit
-
-CALIBRATION = 500  # original images on which the scale of every channel is measured
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,9 @@ class Lockout(Guarded):
 
     def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
         """`leak`: the mean share of units behind the last activation that are open, on test images of both domains."""
-        last = _activations(given)[-1:]
+        last = activations_of(given)[-1:]
         parts = {"restricted": restricted, "original": given.original.test}
-        return {f"leak, {n}": _leak(given, d, a) for n, d in parts.items() for a in last}
+        return {f"leak, {n}": open_share(given, d, a) for n, d in parts.items() for a in last}
 
 
 class _Engine(Engine):
@@ -152,15 +150,12 @@ class _Engine(Engine):
         if spec.sophon:
             self.length += spec.sophon.iterations
         self.head = given.head()
-        self.closed = _activations(given)[-spec.close :] if spec.close else []
+        self.places = Places(given, spec.close)
+        found = len(self.places.closed)
         require(
-            len(self.closed) == spec.close or not (spec.hinge or spec.flat),
-            f"close is {spec.close}, but the network runs {len(self.closed)} activation modules that can be closed",
+            found == spec.close or not (spec.hinge or spec.flat),
+            f"close is {spec.close}, but the network runs {found} activation modules that can be closed",
         )
-        self.depths = depths(model, _examples(given))
-        require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
-        self.thresholds = [closed_at(model, name) for name in self.closed]
-        self.units, self.scales = self._calibrate()
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
         self.adam = adam(model.parameters(), spec.lr)
@@ -185,18 +180,6 @@ class _Engine(Engine):
     def _rate(self, iteration: int) -> float:
         into = iteration - 1 - (self.length - self._repairing())
         return 0.5 * (1 + math.cos(math.pi * into / self._repairing())) if into > 0 else 1.0
-
-    @torch.no_grad()
-    def _calibrate(self) -> tuple[list[Tensor], list[Tensor]]:
-        """On original images, as the unprotected model sees them: the deviation of each channel of what is closed, and
-        the variance between images."""
-        given = self.given
-        chosen = torch.randperm(len(given.original.train), generator=generator(given.seed, "calibration"))
-        images, labels = given.original.train.batch(chosen[:CALIBRATION], given.runtime)
-        with evaluating(given.model), Taps(given.model, self.closed) as taps, given.runtime.autocast():
-            given.task.forward(given.model, images, labels, 0)
-        units = [_by_channel(v).clamp(min=1e-3) for v in taps.values] if self.closed else []
-        return units, [between_images(v).clamp(min=1e-6) for v in taps.values]
 
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """`steps` steps of Adam; in the second stage one of SOPHON's iterations, with such steps for reinforcement."""
@@ -235,8 +218,8 @@ class _Engine(Engine):
             return kept + strength * torch.stack(list(found.values())).sum()
 
         with (
-            Taps(model, self.depths) as taps,
-            Taps(model, self.closed) as closed,
+            Taps(model, self.places.depths) as taps,
+            Taps(model, self.places.closed) as closed,
             seeded(given.seed, "lockout", iteration),
         ):
             result = fit(model, ours, lambda outputs, _: outputs, self.adam, runtime=given.runtime, forward=forward)
@@ -247,7 +230,7 @@ class _Engine(Engine):
         self, taps: Taps, closed: Taps, lent: Lent, original: list[Tensor], images: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """The weighted terms on one batch of restricted images, by name."""
-        spec, given, model = self.spec, self.given, self.given.model
+        spec, given, model, places = self.spec, self.given, self.given.model, self.places
         found: dict[str, Tensor] = {}
 
         def add(name: str, weight: float, terms: list[Tensor]) -> None:
@@ -262,48 +245,14 @@ class _Engine(Engine):
                 outputs = given.task.forward(model, images, labels)
             share = 1 / len(passes)
             if i == 0:
-                parts = zip(closed.values, self.thresholds, self.units, strict=True)
+                parts = zip(closed.values, places.thresholds, places.units, strict=True)
                 add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
                 if spec.answer:
                     add("answer", spec.answer, [self.suppression(outputs, labels)])
-            flat = zip(closed.values, self.scales, strict=True)
+            flat = zip(closed.values, places.scales, strict=True)
             add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
             pairs = zip(taps.values, original, strict=True)
             add("spread", spec.spread * share, [log_spread_ratio(r, o) for r, o in pairs])
             if spec.fisher:
                 add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
         return found
-
-
-def _by_channel(values: Tensor) -> Tensor:
-    """Deviation over images and places of each channel, shaped to be broadcast against `values`: (n, c, …), or of
-    tokens (n, t, c)."""
-    axis = values.ndim - 1 if values.ndim == 3 else 1
-    others = tuple(i for i in range(values.ndim) if i != axis)
-    return values.float().std(others, keepdim=True)
-
-
-def _examples(given: Given) -> Tensor:
-    """A few inputs that differ, of the architecture's shape."""
-    example = given.architecture.example(4)
-    return torch.randn(example.shape, generator=generator(0, "examples")).to(given.runtime.device)
-
-
-def _activations(given: Given) -> list[str]:
-    """The activation modules that can be closed, in the order in which they run."""
-    return activations(given.model, given.architecture.example().to(given.runtime.device))
-
-
-@torch.no_grad()
-def _leak(given: Given, data: ImageData, activation: str, batch_size: int = 500) -> float:
-    """Mean share of open units behind `activation` over all of `data`, in evaluation mode."""
-    shares: list[Tensor] = []
-    threshold = closed_at(given.model, activation)
-    with evaluating(given.model), Tap(given.model, activation) as tap, seeded(derive(given.seed, "leak")):
-        for start in range(0, len(data), batch_size):
-            where = torch.arange(start, min(start + batch_size, len(data)))
-            images, labels = data.batch(where, given.runtime)
-            with given.runtime.autocast():
-                given.task.forward(given.model, images, labels, start)
-            shares.append(leak(tap.value, threshold))
-    return torch.cat(shares).mean().item()

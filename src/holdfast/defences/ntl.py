@@ -13,12 +13,12 @@ from holdfast.defences.base import (
     Engine,
     Given,
     Guarded,
-    Prober,
     own_statistics,
     require_positive,
     require_rates,
     require_tolerance,
 )
+from holdfast.defences.probing import Prober
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.guard import Phase

@@ -14,12 +14,12 @@ from holdfast.defences.base import (
     Engine,
     Given,
     Guarded,
-    Prober,
     own_statistics,
     require_positive,
     require_rates,
     require_tolerance,
 )
+from holdfast.defences.probing import Prober
 from holdfast.errors import require
 from holdfast.guard import Phase
 from holdfast.optimisers import adam

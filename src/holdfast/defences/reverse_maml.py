@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
+from holdfast.defences.base import Engine, Given, Guarded, require_positive, require_rates, require_tolerance
+from holdfast.defences.probing import Prober
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.layers import initialise_head

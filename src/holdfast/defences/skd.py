@@ -16,11 +16,11 @@ from holdfast.defences.base import (
     Flag,
     Given,
     Guarded,
-    Prober,
     require_positive,
     require_rates,
     require_tolerance,
 )
+from holdfast.defences.probing import Prober
 from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.features import Tap, last_rectifier, silences

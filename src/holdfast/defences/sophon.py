@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.defences.adversaries import Adversaries
-from holdfast.defences.base import Engine, Given, Prober, require_positive, require_rates, require_tolerance
+from holdfast.defences.base import Engine, Given, require_positive, require_rates, require_tolerance
+from holdfast.defences.probing import Prober
 from holdfast.errors import require, unknown
 from holdfast.guard import Phase, Select
 from holdfast.models import load_state

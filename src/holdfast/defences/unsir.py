@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from holdfast.defences.base import Engine, Given, Guarded, Prober, require_positive, require_rates, require_tolerance
+from holdfast.defences.base import Engine, Given, Guarded, require_positive, require_rates, require_tolerance
+from holdfast.defences.probing import Prober
 from holdfast.domains import sample
 from holdfast.errors import require
 from holdfast.guard import Phase

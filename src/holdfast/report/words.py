@@ -66,6 +66,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         _explain(summary),
         *_released(summary),
         *_intactness(summary["intactness"], scale),
+        *_standing(summary, scale),
         f"The attack that validation data choose, {worst['protected']['attack']}, takes the protected model to "
         f"{scale.shown(worst['protected']['final'])} on test data; their own choices take the clean model to "
         f"{scale.shown(worst['clean']['final'])}, a model from scratch to {scale.shown(worst['scratch']['final'])} "
@@ -214,6 +215,28 @@ def _intactness(found: dict[str, Any] | None, scale: Scale) -> list[str]:
         f"The model's own ability is lost: {scale.shown(found['before'])} → {scale.shown(found['after'])} on the "
         "original domain. The verdict speaks of the restricted domain alone; such a model protects nothing worth "
         "having."
+    ]
+
+
+def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
+    """Where the model stands between the two: what protection cost, and what it left of pre-training's advantage."""
+    found, worst = summary["intactness"], summary["restricted"]["worst_case"]
+    if found is None:
+        return []
+    tolerance = summary.get("protection", {}).get("tolerance")
+    allowed = "" if tolerance is None else f"; the tolerance is {percent(tolerance)} on validation data"
+
+    def ahead(model: str, key: str) -> str:
+        return scale.difference(worst[model][key] - worst["scratch"][key])
+
+    left = [
+        f"{when} {ahead('protected', key)} of {ahead('clean', key)}"
+        for when, key in (("along the way", "along_the_way"), ("at the end", "final"))
+    ]
+    return [
+        f"Where it stands: protection spent {percent(1 - found['ratio'])} of the original {scale.name}{allowed}. Of "
+        "what the unprotected weights put an attacker ahead of scratch, each at its best, it left "
+        f"{' and '.join(left)} {scale.unit}."
     ]
 
 

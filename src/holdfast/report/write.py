@@ -35,7 +35,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     summary = summarise(records, chance, facts["cost"], searches, {**facts["provenance"], **made})
     if facts["protection"]:  # `released`: an iteration; 0 where no state within tolerance beat the model as it was
         kept = ("released", "rollbacks", "peak_memory_mb", "measured")
-        summary["protection"] = {n: facts["protection"].get(n) for n in kept}
+        tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
+        summary["protection"] = {**{n: facts["protection"].get(n) for n in kept}, "tolerance": tolerance}
     pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(

@@ -1,0 +1,75 @@
+"""Where in a network Lockout looks: activations that can be closed, what their channels are measured in, and depths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from holdfast.collapse import between_images, leak
+from holdfast.defences.base import Given
+from holdfast.domains import ImageData
+from holdfast.errors import require
+from holdfast.features import Tap, Taps, activations, closed_at, depths
+from holdfast.layers import evaluating
+from holdfast.seeding import derive, generator, seeded
+
+CALIBRATION = 500  # original images on which the scale of every channel is measured
+
+
+class Places:
+    """`closed`: the last `close` activations, in the order in which they run; of each its threshold (`thresholds`), and
+    on original images, as the unprotected model sees them, the deviation of each channel of its pre-activations
+    (`units`, shaped to be broadcast against them) and their variance between images (`scales`). `depths`: all weight
+    layers but the first, see `features.depths`. `UserError` for a network of one layer."""
+
+    def __init__(self, given: Given, close: int) -> None:
+        self.closed = activations_of(given)[-close:] if close else []
+        self.depths = depths(given.model, _examples(given))
+        require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
+        self.thresholds = [closed_at(given.model, name) for name in self.closed]
+        values = _preactivations(given, self.closed)
+        self.units = [_by_channel(v).clamp(min=1e-3) for v in values]
+        self.scales = [between_images(v).clamp(min=1e-6) for v in values]
+
+
+def activations_of(given: Given) -> list[str]:
+    """The activation modules that can be closed, in the order in which they run."""
+    return activations(given.model, given.architecture.example().to(given.runtime.device))
+
+
+@torch.no_grad()
+def open_share(given: Given, data: ImageData, activation: str, batch_size: int = 500) -> float:
+    """Mean share of open units behind `activation` over all of `data`, in evaluation mode."""
+    shares: list[Tensor] = []
+    threshold = closed_at(given.model, activation)
+    with evaluating(given.model), Tap(given.model, activation) as tap, seeded(derive(given.seed, "leak")):
+        for start in range(0, len(data), batch_size):
+            where = torch.arange(start, min(start + batch_size, len(data)))
+            images, labels = data.batch(where, given.runtime)
+            with given.runtime.autocast():
+                given.task.forward(given.model, images, labels, start)
+            shares.append(leak(tap.value, threshold))
+    return torch.cat(shares).mean().item()
+
+
+@torch.no_grad()
+def _preactivations(given: Given, names: list[str]) -> list[Tensor]:
+    chosen = torch.randperm(len(given.original.train), generator=generator(given.seed, "calibration"))
+    images, labels = given.original.train.batch(chosen[:CALIBRATION], given.runtime)
+    with evaluating(given.model), Taps(given.model, names) as taps, given.runtime.autocast():
+        given.task.forward(given.model, images, labels, 0)
+    return taps.values
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    """Deviation over images and places of each channel, shaped to be broadcast against `values`: (n, c, …), or of
+    tokens (n, t, c)."""
+    axis = values.ndim - 1 if values.ndim == 3 else 1
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return values.float().std(others, keepdim=True)
+
+
+def _examples(given: Given) -> Tensor:
+    """A few inputs that differ, of the architecture's shape."""
+    example = given.architecture.example(4)
+    return torch.randn(example.shape, generator=generator(0, "examples")).to(given.runtime.device)
