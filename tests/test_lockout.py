@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.collapse import between_images, hinge, leak, log_spread_ratio
+from holdfast.collapse import between_images, hinge, leak, log_spread_ratio, peak
 from holdfast.defences.base import SETTLING, Given
 from holdfast.defences.lockout import Lockout
 from holdfast.defences.sophon import Sophon
@@ -51,6 +51,15 @@ def test_a_dead_layer_has_nothing_to_say() -> None:
     assert log_spread_ratio(torch.tensor([[0.0], [2.0]]), dead).item() == pytest.approx(math.log(1e6))
 
 
+def test_the_peak_is_led_by_the_depth_at_which_most_is_left() -> None:
+    """Ratios 1, 1/10 and 1/10,000: mean 0.3667; the gradient is each one's share of the sum."""
+    logs = [torch.tensor(math.log(r), requires_grad=True) for r in (1.0, 0.1, 1e-4)]
+    value = peak(logs)
+    assert value.item() == pytest.approx(math.log(1.1001 / 3))
+    value.backward()
+    assert [v.grad.item() for v in logs] == pytest.approx([1 / 1.1001, 0.1 / 1.1001, 1e-4 / 1.1001])
+
+
 def test_the_hinge_by_hand() -> None:
     """z = −3, 1 and −1, −1 with margin 2: over by 0, 3 and 1, 1; mean 1.25, largest of each image 3 and 1: 2."""
     z = torch.tensor([[-3.0, 1.0], [-1.0, -1.0]])
@@ -68,6 +77,7 @@ TERMS = {
     "ratio, restricted": lambda x: log_spread_ratio(x, FIXED),
     "ratio, original": lambda x: log_spread_ratio(FIXED, x),
     "hinge": lambda x: hinge(x, 0.1, None, 0.5, worst=0.7),
+    "peak": lambda x: peak([log_spread_ratio(x, FIXED), log_spread_ratio(x * x, FIXED)]),
 }
 
 
@@ -118,6 +128,18 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
     assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread"}
     assert all(map(math.isfinite, losses.values()))
     assert any(not torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_every_term_is_a_loss_of_its_own(task, runtime) -> None:
+    architecture, *_ = NETWORKS["normalised"]
+    domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
+    spec = Lockout(close=2, iterations=2, steps=1, batch_size=10, check_every=1, peak=1.0, fisher=0.5, answer=0.5)
+    engine = spec.prepare(Given(architecture.build(5), domain, domain.train, 5, architecture, task, runtime))
+    losses = engine.iterate(1, 1.0)
+    assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread", "peak", "fisher", "answer"}
+    assert losses["peak"] > losses["spread"], "the mean's logarithm is above the logarithms' mean"
+    terms = sum(v for n, v in losses.items() if n != "lockout")
+    assert losses["lockout"] == pytest.approx(terms, rel=1e-5)
 
 
 def test_a_layer_that_no_image_reaches_is_no_depth() -> None:

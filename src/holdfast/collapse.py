@@ -6,6 +6,8 @@ in float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,14 @@ def log_spread_ratio(restricted: Tensor, original: Tensor, floor: float = FLOOR)
     Lies in [log floor, ∞); 0 (but for `floor`) where both domains spread alike."""
     ratio = between_images(restricted) / between_images(original).clamp(min=SPREADLESS)
     return (ratio + floor).log()
+
+
+def peak(logs: list[Tensor]) -> Tensor:
+    """log of the mean of exp over depths: of the ratios of spreads themselves, where `logs` are `log_spread_ratio`'s.
+
+    Lies between the logs' mean and their largest. Its gradient, softmax(logs), goes to the depths at which most is
+    left; that of the logs' mean goes to all alike, and so to those that have long collapsed."""
+    return torch.stack(logs).logsumexp(0) - math.log(len(logs))
 
 
 def hinge(preactivations: Tensor, closed: float, unit: Tensor | None, margin: float, worst: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
-from holdfast.collapse import between_images, hinge, log_spread_ratio
+from holdfast.collapse import between_images, hinge, log_spread_ratio, peak
 from holdfast.defences.base import (
     Engine,
     Given,
@@ -50,8 +50,8 @@ class Lockout(Guarded):
 
         L = L_task(original) + `distillation`·D(θ₀ ‖ θ; original) + s·( `hinge`·Σ_{l ∈ last close} H(z_l; restricted)
             + `flat`·Σ_{l ∈ last close} V(z_l; restricted)/V₀(z_l; original)
-            + `spread`·Σ_l log(V(x_l; restricted)/V(x_l; original)) + `fisher`·Σ_l F(x_l; restricted)
-            + `answer`·L_α(restricted) ) ,
+            + `spread`·Σ_l log r_l + `peak`·log Σ_l r_l + `fisher`·Σ_l F(x_l; restricted)
+            + `answer`·L_α(restricted) ) ,   r_l = V(x_l; restricted)/V(x_l; original) ,
 
     each Σ a mean over its layers; H is `collapse.hinge`, V `collapse.between_images`, F `separation.fisher_ratio`, L_α
     the task's suppression loss, s what the guard allows. Restricted images pass with the batch statistics of the
@@ -65,6 +65,7 @@ class Lockout(Guarded):
     worst: float = 1.0  # of an image's most open unit, beside the mean over all
     flat: float = 3.0
     spread: float = 1.0
+    peak: float = 0.0  # more of it where the original has room: shallow layers give way last
     fisher: float = 0.0
     answer: float = 0.0
     distillation: float = 2.0
@@ -88,10 +89,10 @@ class Lockout(Guarded):
         require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         require(self.close >= 0, f"close must not be negative, but got {self.close}")
-        weights = ("hinge", "margin", "worst", "flat", "spread", "fisher", "answer", "distillation")
+        weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        terms = ("spread", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
+        terms = ("spread", "peak", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
         require(
             any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
         )
@@ -251,8 +252,9 @@ class _Engine(Engine):
                     add("answer", spec.answer, [self.suppression(outputs, labels)])
             flat = zip(closed.values, places.scales, strict=True)
             add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
-            pairs = zip(taps.values, original, strict=True)
-            add("spread", spec.spread * share, [log_spread_ratio(r, o) for r, o in pairs])
+            ratios = [log_spread_ratio(r, o) for r, o in zip(taps.values, original, strict=True)]
+            add("spread", spec.spread * share, ratios)
+            add("peak", spec.peak * share, [peak(ratios)])
             if spec.fisher:
                 add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
         return found
