@@ -136,7 +136,10 @@ def test_where_it_stands_between_what_it_cost_and_what_it_left() -> None:
     s["intactness"]["ratio"] = 0.97
     said = " ".join(conclusion({**s, "protection": {"tolerance": 0.02, "released": 3}}))
     assert "spent 3.0 % of the original accuracy; the tolerance is 2.0 % on validation data" in said
-    assert "it left along the way +2.0 of +30.0 and at the end −5.0 of +20.0 points." in said
+    ahead = "unprotected +30.0 along the way, +20.0 at the end; protected +2.0 along the way, −5.0 at the end."
+    assert f"Ahead of scratch, each at its best, in points: {ahead}" in said
+    s["intactness"]["ratio"] = 1.004
+    assert "spent nothing of the original accuracy." in " ".join(conclusion(s))
     assert "the tolerance is" not in " ".join(conclusion(s)), "somebody else's checkpoint"
 
 

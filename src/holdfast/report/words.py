@@ -226,17 +226,14 @@ def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
     tolerance = summary.get("protection", {}).get("tolerance")
     allowed = "" if tolerance is None else f"; the tolerance is {percent(tolerance)} on validation data"
 
-    def ahead(model: str, key: str) -> str:
-        return scale.difference(worst[model][key] - worst["scratch"][key])
+    def ahead(model: str) -> str:
+        gains = [worst[model][key] - worst["scratch"][key] for key in ("along_the_way", "final")]
+        return f"{scale.difference(gains[0])} along the way, {scale.difference(gains[1])} at the end"
 
-    left = [
-        f"{when} {ahead('protected', key)} of {ahead('clean', key)}"
-        for when, key in (("along the way", "along_the_way"), ("at the end", "final"))
-    ]
+    spent = percent(1 - found["ratio"]) if found["ratio"] < 1 else "nothing"
     return [
-        f"Where it stands: protection spent {percent(1 - found['ratio'])} of the original {scale.name}{allowed}. Of "
-        "what the unprotected weights put an attacker ahead of scratch, each at its best, it left "
-        f"{' and '.join(left)} {scale.unit}."
+        f"Where it stands: protection spent {spent} of the original {scale.name}{allowed}. Ahead of scratch, each at "
+        f"its best, in {scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
     ]
 
 
