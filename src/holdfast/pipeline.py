@@ -54,10 +54,10 @@ class Run:
     """One recipe at work in one folder. Stages are methods; each leaves its files whole or not at all.
 
     `resume`: continue stages that have begun, with more audit seeds than before or as many; without it, a stage that
-    has files is refused. `controls`: the folder of
-    another run on the same data and clean weights, whose clean and from-scratch results are taken over. `shared`: a
-    clean model to take instead of pre-training the same; neither is part of what makes the run this run. `group`: the
-    processes that torchrun has started; they share pre-training and protection, and the first does what is left.
+    has files is refused. `controls`: the folder of another run on the same data and clean weights, whose clean and
+    from-scratch results are taken over. `shared`: a clean model to take instead of pre-training the same; neither is
+    part of what makes the run this run. `group`: the processes that torchrun has started; they share pre-training and
+    protection, and the first does what is left.
     """
 
     inputs: Inputs

@@ -13,7 +13,7 @@ from holdfast.measured import Measured, WorstCase, measured, one_attack, worst_c
 from holdfast.metrics import Verdict, area, cost_ratio, log_area, recovery, scratch_learns, verdict
 from holdfast.records import Record, SearchRecord
 from holdfast.scales import ACCURACY, Scale, scale_of
-from holdfast.statistics import deviation, interval, mean, paired
+from holdfast.statistics import deviation, interval, mean, paired, spread
 
 SCHEMA = 1
 
@@ -255,3 +255,15 @@ def search_cost(searches: Sequence[SearchRecord]) -> dict[str, Any]:
         for model in MODELS
         if (own := [s for s in searches if s.model == model])
     }
+
+
+def standing(summaries: Sequence[Mapping[str, Any]], model: str = "protected") -> dict[str, Any]:
+    """Where a model stands: `ratio`, its intactness (1 for the clean one), and `end` and `along`, how far its
+    worst case is ahead of scratch's, each with the sample deviation over protections (None for one)."""
+
+    def ahead(key: str) -> list[float]:
+        worst = [s["restricted"]["worst_case"] for s in summaries]
+        return [w[model][key] - w["scratch"][key] for w in worst]
+
+    ratios = [s["intactness"]["ratio"] if model == "protected" else 1.0 for s in summaries]
+    return {n: spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}

@@ -69,7 +69,7 @@ class Given:
         """Give batch normalisation the running statistics that the weights as they are now have on `SETTLING` batches
         of `size` original images (Wu and Johnson, 2021): while these move fast the running ones lag behind, the check
         finds the original lost that is not, and weakens what it need not."""
-        if not size or not _normalises_batches(self.model):
+        if not size or not normalises_batches(self.model):
             return
         batches = self.batches(self.original.train, size, "settle", iteration * SETTLING, SETTLING)
         with seeded(self.seed, "settle", iteration), self.runtime.autocast():
@@ -187,7 +187,7 @@ class Guarded:
             "lockout, and ntp with regulariser mmd or none",
         )
         require(
-            current().count == 1 or not given.runtime.checkpointing or not _normalises_batches(given.model),
+            current().count == 1 or not given.runtime.checkpointing or not normalises_batches(given.model),
             "runtime.checkpointing recomputes what several processes' batch normalisation has found together, which "
             "torch does not allow; set it to false, start one process, or take a network without batch normalisation",
         )
@@ -258,7 +258,8 @@ class Guarded:
         )
 
 
-def _normalises_batches(model: nn.Module) -> bool:
+def normalises_batches(model: nn.Module) -> bool:
+    """Whether batch normalisation is part of it."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
 from holdfast.collapse import between_images, hinge, log_spread_ratio, peak
@@ -19,6 +18,7 @@ from holdfast.defences.base import (
     Engine,
     Given,
     Guarded,
+    normalises_batches,
     own_statistics,
     require_positive,
     require_rates,
@@ -161,7 +161,7 @@ class _Engine(Engine):
         load_state(self.teacher, model.state_dict())
         self.adam = adam(model.parameters(), spec.lr)
         self.states = {"adam": self.adam, **({"fts": self.simulation.fts} if self.simulation else {})}
-        self.normalises = any(isinstance(m, _BatchNorm) for m in model.modules())
+        self.normalises = normalises_batches(model)
         self.suppression = given.task.suppression(None)
         same = len(given.original.classes) == given.classes
         heads: tuple[Initialise, ...] = ("keep", "head") if same else ("head",)
@@ -254,7 +254,8 @@ class _Engine(Engine):
             add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
             ratios = [log_spread_ratio(r, o) for r, o in zip(taps.values, original, strict=True)]
             add("spread", spec.spread * share, ratios)
-            add("peak", spec.peak * share, [peak(ratios)])
+            if spec.peak:
+                add("peak", spec.peak * share, [peak(ratios)])
             if spec.fisher:
                 add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
         return found

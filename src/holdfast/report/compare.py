@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from holdfast.errors import require
 from holdfast.files import write_atomic, write_json
 from holdfast.report.figures import COLOURS, band, metric_axis, png, steps_axis
-from holdfast.report.frontier import frontier, standing
+from holdfast.report.frontier import frontier
 from holdfast.scales import ACCURACY, Scale, scale_of
 from holdfast.statistics import deviation, mean, spread
+from holdfast.summary import standing
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
 STYLES = ("-", "-.", (0, (1, 1)))

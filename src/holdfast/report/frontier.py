@@ -10,27 +10,14 @@ from matplotlib.figure import Figure
 
 from holdfast.report.figures import COLOURS, png
 from holdfast.scales import Scale
-from holdfast.statistics import spread
 
 MARKERS = "osD^vP*X"
 MEASURED = {"end": "at the end", "along": "along the way"}
 
 
-def standing(summaries: Sequence[Mapping[str, Any]], model: str = "protected") -> dict[str, Any]:
-    """Where a model stands: `ratio`, its intactness (1 for the clean one), and `end` and `along`, how far its
-    worst case is ahead of scratch's, each with the sample deviation over protections (None for one)."""
-
-    def ahead(key: str) -> list[float]:
-        worst = [s["restricted"]["worst_case"] for s in summaries]
-        return [w[model][key] - w["scratch"][key] for w in worst]
-
-    ratios = [s["intactness"]["ratio"] if model == "protected" else 1.0 for s in summaries]
-    return {n: spread(v) for n, v in (("ratio", ratios), ("end", ahead("final")), ("along", ahead("along_the_way")))}
-
-
 def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], scale: Scale) -> bytes:
     """PNG. Two panels: at the end, along the way. One curve a defence, a point for each value that was swept
-    (`defence@field=value`); `rows` and `clean`: what `standing` has found."""
+    (`defence@field=value`); `rows` and `clean`: what `summary.standing` has found."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 2, sharex=True)
     curves: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from holdfast.audit import PAPER_DEFAULT
 from holdfast.scales import Scale, scale_of
 from holdfast.statistics import mean
+from holdfast.summary import standing
 
 EXPLAINED = {
     "held": "In the worst case the protected weights bring the attacker no more than training from scratch.",
@@ -220,15 +221,15 @@ def _intactness(found: dict[str, Any] | None, scale: Scale) -> list[str]:
 
 def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
     """Where the model stands between the two: what protection cost, and what it left of pre-training's advantage."""
-    found, worst = summary["intactness"], summary["restricted"]["worst_case"]
+    found = summary["intactness"]
     if found is None:
         return []
     tolerance = summary.get("protection", {}).get("tolerance")
     allowed = "" if tolerance is None else f"; the tolerance is {percent(tolerance)} on validation data"
 
     def ahead(model: str) -> str:
-        gains = [worst[model][key] - worst["scratch"][key] for key in ("along_the_way", "final")]
-        return f"{scale.difference(gains[0])} along the way, {scale.difference(gains[1])} at the end"
+        stands = standing([summary], model)
+        return f"{scale.difference(stands['along'][0])} along the way, {scale.difference(stands['end'][0])} at the end"
 
     spent = percent(1 - found["ratio"]) if found["ratio"] < 1 else "nothing"
     return [
