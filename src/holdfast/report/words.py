@@ -231,10 +231,10 @@ def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
         stands = standing([summary], model)
         return f"{scale.difference(stands['along'][0])} along the way, {scale.difference(stands['end'][0])} at the end"
 
-    spent = percent(1 - found["ratio"]) if found["ratio"] < 1 else "nothing"
     return [
-        f"Where it stands: protection spent {spent} of the original {scale.name}{allowed}. Ahead of scratch, each at "
-        f"its best, in {scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
+        f"Where it stands: intactness {found['ratio']:.3f} ({scale.shown(found['before'])} → "
+        f"{scale.shown(found['after'])} on the original domain{allowed}). Ahead of scratch, each at its best, in "
+        f"{scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
     ]
 
 
