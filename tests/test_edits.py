@@ -15,7 +15,16 @@ from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Means, Released
 from holdfast.attacks.standardise import Standardise
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
-from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases, rectified_layers
+from holdfast.attacks.weights import (
+    BatchNormStatistics,
+    Clip,
+    Noise,
+    Rebalance,
+    Regrow,
+    ShiftBiases,
+    Shuffle,
+    rectified_layers,
+)
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
@@ -169,6 +178,21 @@ class TestWeights:
         ratio = float((after.state["9.weight"] - weight).std() / weight.std())
         assert ratio == pytest.approx(0.5, rel=0.1)
         assert torch.equal(after.state["1.running_mean"], before.state["1.running_mean"])
+
+    def test_shuffled_tensors_keep_their_values_and_nothing_else(
+        self, architecture: Architecture, means: Means
+    ) -> None:
+        before = released(architecture)
+        after, again = (Shuffle().apply(before, means) for _ in range(2))
+        for name, value in before.state.items():
+            if "running" in name or "tracked" in name:  # as a fresh model's, from which the control starts
+                assert bool((after.state[name] == float(name.endswith("var"))).all())
+            else:
+                assert torch.equal(after.state[name].flatten().sort().values, value.flatten().sort().values)
+                assert torch.equal(after.state[name], again.state[name])
+        for name in ("0.weight", "3.weight", "9.weight"):
+            kept = torch.corrcoef(torch.stack([before.state[name].flatten(), after.state[name].flatten()]))[0, 1]
+            assert abs(float(kept)) < 5 / before.state[name].numel() ** 0.5, "five deviations of chance"
 
     def test_regrown_weights_are_fresh_and_the_others_stay(self, architecture: Architecture, means: Means) -> None:
         before = released(architecture)

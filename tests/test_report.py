@@ -142,6 +142,18 @@ def test_where_it_stands_between_what_it_cost_and_what_it_left() -> None:
     assert "87.3 % on the original domain)." in " ".join(conclusion(s)), "somebody else's checkpoint: no tolerance"
 
 
+def test_a_lead_that_survives_shuffling_is_no_knowledge() -> None:
+    name = "shuffled → initFC+all"
+    curves = {**CURVES, name: {"protected": (0.1, 0.5, 0.7), "clean": (0.1, 0.6, 0.8), "scratch": (0.1, 0.4, 0.6)}}
+    facts = {"attacks": {**ABOUT, name: about(ADAM, "shuffle")}}
+    s = summarise(records(3, curves), 0.1, COST, facts=facts)
+    # The best from scratch is (0.5 + 0.7)/2 under Adam; shuffled (0.6 + 0.8)/2 and (0.5 + 0.7)/2.
+    assert s["restricted"]["shuffled"] == {"clean": pytest.approx(0.1), "protected": pytest.approx(0.0)}
+    said = " ".join(conclusion(s))
+    assert "the unprotected weights are +10.0 points beside scratch along the way, the protected ones +0.0" in said
+    assert summarise(records(), 0.1, COST, facts={"attacks": ABOUT})["restricted"]["shuffled"] is None
+
+
 def test_the_worst_case_is_chosen_on_validation_data() -> None:
     rows = [
         replace(r, value=0.95) if (r.attack, r.model, r.split, r.step) == ("direct+all", "protected", "test", 20) else r

@@ -66,6 +66,7 @@ def summarise(
             "worst": worst.protected.name,
             "worst_case": _worst_entry(worst),
             "undone": undone(test, about, scale.margin),
+            "shuffled": shuffled(test, about),
             "slc": series[0] if series else None,
             "slc_others": series[1:],
             "attacks": attacks,
@@ -181,6 +182,16 @@ def undone(
                 "measured": ("at the end", "along the way")[which],
             }
     return None
+
+
+def shuffled(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
+    """How far weights of which nothing but the scales is left (the edit `shuffle`) are ahead of the best from scratch
+    along the way, clean and protected: a lead that is no knowledge. None where no attack shuffles."""
+    own = [m for m in test if [e["name"] for e in about.get(m.name, {}).get("edits", [])] == ["shuffle"]]
+    if not own:
+        return None
+    scratch = max(area(m.mean("scratch")) for m in test if m.steps == own[0].steps)
+    return {model: max(area(m.mean(model)) for m in own) - scratch for model in ("clean", "protected")}
 
 
 def _twins(edited: Mapping[str, Any] | None, plain: Mapping[str, Any] | None) -> bool:

@@ -12,7 +12,7 @@ from holdfast.attacks.preparation import BenignFirst, Distil, Heal
 from holdfast.attacks.released import Edit
 from holdfast.attacks.standardise import Standardise
 from holdfast.attacks.structure import EarlierLayer, FoldBatchNorm, LeakyActivations
-from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases
+from holdfast.attacks.weights import BatchNormStatistics, Clip, Noise, Rebalance, Regrow, ShiftBiases, Shuffle
 from holdfast.errors import UserError, unknown
 
 EDITS: Mapping[str, type[Any]] = MappingProxyType(
@@ -23,6 +23,7 @@ EDITS: Mapping[str, type[Any]] = MappingProxyType(
         "regrow": Regrow,
         "batchnorm": BatchNormStatistics,
         "shift-biases": ShiftBiases,
+        "shuffle": Shuffle,
         "fold-batchnorm": FoldBatchNorm,
         "leaky": LeakyActivations,
         "standardise": Standardise,

@@ -107,6 +107,30 @@ class Noise(_Weights):
 
 
 @dataclass(frozen=True)
+class Shuffle(_Weights):
+    """Permute the entries of every parameter among themselves: scales stay, what was learned goes.
+
+    A control as much as an attack. Weights of good sizes, or residual branches that pre-training has all but closed,
+    train faster than fresh ones whatever they hold; a lead over scratch that survives this is no knowledge.
+    """
+
+    name: Literal["shuffle"] = "shuffle"
+
+    @torch.no_grad()
+    def apply(self, released: Released, means: Means) -> Released:
+        """Each tensor's entries in a random order, the same one for every model of a seed; batch normalisation's
+        running statistics start anew."""
+        model = released.build(means.runtime)
+        for name, parameter in model.named_parameters():
+            order = torch.randperm(parameter.numel(), generator=generator(means.seed, "shuffle", name))
+            flat = parameter.flatten()
+            parameter.copy_(flat[order.to(flat.device)].view_as(parameter))
+        for module in _normalisations(model):
+            module.reset_running_stats()
+        return released.having(model)
+
+
+@dataclass(frozen=True)
 class Regrow(_Weights):
     """Give pruned weights a fresh initial value, so that the mask of a pruning defence is gone."""
 

@@ -68,6 +68,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         *_released(summary),
         *_intactness(summary["intactness"], scale),
         *_standing(summary, scale),
+        *_scales(restricted.get("shuffled"), scale),
         f"The attack that validation data choose, {worst['protected']['attack']}, takes the protected model to "
         f"{scale.shown(worst['protected']['final'])} on test data; their own choices take the clean model to "
         f"{scale.shown(worst['clean']['final'])}, a model from scratch to {scale.shown(worst['scratch']['final'])} "
@@ -235,6 +236,18 @@ def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
         f"Where it stands: intactness {found['ratio']:.3f} ({scale.shown(found['before'])} → "
         f"{scale.shown(found['after'])} on the original domain{allowed}). Ahead of scratch, each at its best, in "
         f"{scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
+    ]
+
+
+def _scales(found: dict[str, float] | None, scale: Scale) -> list[str]:
+    """What of a lead is no knowledge."""
+    if found is None:
+        return []
+    ahead = {m: scale.difference(v) for m, v in found.items()}
+    return [
+        "With the entries of every tensor shuffled, so that scales are left and nothing learned, the unprotected "
+        f"weights are {ahead['clean']} {scale.unit} beside scratch along the way, the protected ones "
+        f"{ahead['protected']}: so much of a lead is no knowledge."
     ]
 
 
