@@ -142,6 +142,20 @@ def test_every_term_is_a_loss_of_its_own(task, runtime) -> None:
     assert losses["lockout"] == pytest.approx(terms, rel=1e-5)
 
 
+def test_spared_layers_are_the_first_and_have_no_part_in_the_ratios(task, runtime) -> None:
+    architecture, *_ = NETWORKS["normalised"]
+    domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
+    shares = {}
+    for spared in range(3):
+        spec = Lockout(close=2, iterations=2, steps=1, batch_size=10, check_every=1, spared=spared, distillation=0.0)
+        given = Given(architecture.build(5, 0), domain, domain.train, 5, architecture, task, runtime)
+        engine = spec.prepare(given)
+        shares[spared] = engine.places.depths, engine.iterate(1, 1.0)["spread"]
+    every = shares[0][0]
+    assert [depths for depths, _ in shares.values()] == [every, every[1:], every[2:]]
+    assert len({value for _, value in shares.values()}) == 3
+
+
 def test_a_layer_that_no_image_reaches_is_no_depth() -> None:
     class TwoInputs(nn.Module):
         def __init__(self) -> None:
@@ -298,6 +312,8 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match="close is 9, but the network runs 4"):
         Lockout(close=9).check(given)
+    with pytest.raises(UserError, match="spared is 4, but the network has 4 weight layers after the first"):
+        Lockout(spared=4).check(given)
 
 
 def test_the_second_stage_is_sophons_loop_with_lockouts_loss(original, restricted, task, runtime, clean_state) -> None:

@@ -66,6 +66,7 @@ class Lockout(Guarded):
     flat: float = 3.0
     spread: float = 1.0
     peak: float = 0.0  # more of it where the original has room: shallow layers give way last
+    spared: int = 0  # weight layers after the first whose inputs are left alone: edges serve every domain
     fisher: float = 0.0
     answer: float = 0.0
     distillation: float = 2.0
@@ -88,7 +89,8 @@ class Lockout(Guarded):
         require_positive(self, "iterations", "steps", "check_every", "probe_steps")
         require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
-        require(self.close >= 0, f"close must not be negative, but got {self.close}")
+        for name in ("close", "spared"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
@@ -151,7 +153,7 @@ class _Engine(Engine):
         if spec.sophon:
             self.length += spec.sophon.iterations
         self.head = given.head()
-        self.places = Places(given, spec.close)
+        self.places = Places(given, spec.close, spec.spared)
         found = len(self.places.closed)
         require(
             found == spec.close or not (spec.hinge or spec.flat),

@@ -20,12 +20,16 @@ class Places:
     """`closed`: the last `close` activations, in the order in which they run; of each its threshold (`thresholds`), and
     on original images, as the unprotected model sees them, the deviation of each channel of its pre-activations
     (`units`, shaped to be broadcast against them) and their variance between images (`scales`). `depths`: all weight
-    layers but the first, see `features.depths`. `UserError` for a network of one layer."""
+    layers but the first, see `features.depths`, and the `spared` after it. `UserError` where none are left."""
 
-    def __init__(self, given: Given, close: int) -> None:
+    def __init__(self, given: Given, close: int, spared: int = 0) -> None:
         self.closed = activations_of(given)[-close:] if close else []
-        self.depths = depths(given.model, _examples(given))
-        require(bool(self.depths), "lockout needs a network of several layers, but there is one alone")
+        every = depths(given.model, _examples(given))
+        require(bool(every), "lockout needs a network of several layers, but there is one alone")
+        self.depths = every[spared:]
+        require(
+            bool(self.depths), f"spared is {spared}, but the network has {len(every)} weight layers after the first"
+        )
         self.thresholds = [closed_at(given.model, name) for name in self.closed]
         values = _preactivations(given, self.closed)
         self.units = [_by_channel(v).clamp(min=1e-3) for v in values]
