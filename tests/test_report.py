@@ -149,6 +149,9 @@ def test_a_lead_that_survives_shuffling_is_no_knowledge() -> None:
     s = summarise(records(3, curves), 0.1, COST, facts=facts)
     # The best from scratch is (0.5 + 0.7)/2 under Adam; shuffled (0.6 + 0.8)/2 and (0.5 + 0.7)/2.
     assert s["restricted"]["shuffled"] == {"clean": pytest.approx(0.1), "protected": pytest.approx(0.0)}
+    assert s["restricted"]["undone"] is None
+    curves[name]["protected"] = (0.1, 0.9, 0.95)
+    assert summarise(records(3, curves), 0.1, COST, facts=facts)["restricted"]["undone"] is None, "he starts anew"
     said = " ".join(conclusion(s))
     assert "the unprotected weights are +10.0 points beside scratch along the way, the protected ones +0.0" in said
     assert summarise(records(), 0.1, COST, facts={"attacks": ABOUT})["restricted"]["shuffled"] is None

@@ -187,16 +187,20 @@ def undone(
 def shuffled(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
     """How far weights of which nothing but the scales is left (the edit `shuffle`) are ahead of the best from scratch
     along the way, clean and protected: a lead that is no knowledge. None where no attack shuffles."""
-    own = [m for m in test if [e["name"] for e in about.get(m.name, {}).get("edits", [])] == ["shuffle"]]
+    own = [m for m in test if _shuffles(about.get(m.name, {}))]
     if not own:
         return None
     scratch = max(area(m.mean("scratch")) for m in test if m.steps == own[0].steps)
     return {model: max(area(m.mean(model)) for m in own) - scratch for model in ("clean", "protected")}
 
 
+def _shuffles(known: Mapping[str, Any]) -> bool:
+    return [e["name"] for e in known.get("edits", [])] == ["shuffle"]
+
+
 def _twins(edited: Mapping[str, Any] | None, plain: Mapping[str, Any] | None) -> bool:
-    """Whether the second attack is the first without its edits."""
-    if not edited or not plain or not edited["edits"] or plain.get("may_edit", plain["edits"]):
+    """Whether the second attack is the first without its edits. Who shuffles undoes nothing: he starts anew."""
+    if not edited or not plain or not edited["edits"] or plain.get("may_edit", plain["edits"]) or _shuffles(edited):
         return False
     same = ("tuning", "searched", "fraction")
     return all(edited[n] == plain[n] for n in same)
