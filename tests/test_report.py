@@ -149,6 +149,12 @@ def test_a_lead_that_survives_shuffling_is_no_knowledge() -> None:
     s = summarise(records(3, curves), 0.1, COST, facts=facts)
     # The best from scratch is (0.5 + 0.7)/2 under Adam; shuffled (0.6 + 0.8)/2 and (0.5 + 0.7)/2.
     assert s["restricted"]["shuffled"] == {"clean": pytest.approx(0.1), "protected": pytest.approx(0.0)}
+    other = "shuffled → initFC+all · momentum"  # better on test data alone: not the one that is chosen
+    twice = [replace(r, attack=other) for r in records(3, curves) if r.attack == name]
+    twice = [replace(r, value=r.value + (0.2 if r.split == "test" else -0.1) * (r.step > 0)) for r in twice]
+    both = {"attacks": {**facts["attacks"], other: about(FineTuning("head", steps=20), "shuffle")}}
+    chosen = summarise(records(3, curves) + twice, 0.1, COST, facts=both)["restricted"]["shuffled"]
+    assert chosen == {"clean": pytest.approx(0.1), "protected": pytest.approx(0.0)}
     assert s["restricted"]["undone"] is None
     curves[name]["protected"] = (0.1, 0.9, 0.95)
     assert summarise(records(3, curves), 0.1, COST, facts=facts)["restricted"]["undone"] is None, "he starts anew"

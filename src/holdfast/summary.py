@@ -66,7 +66,7 @@ def summarise(
             "worst": worst.protected.name,
             "worst_case": _worst_entry(worst),
             "undone": undone(test, about, scale.margin),
-            "shuffled": shuffled(test, about),
+            "shuffled": shuffled(test, validation, about),
             "slc": series[0] if series else None,
             "slc_others": series[1:],
             "attacks": attacks,
@@ -184,14 +184,22 @@ def undone(
     return None
 
 
-def shuffled(test: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
-    """How far weights of which nothing but the scales is left (the edit `shuffle`) are ahead of the best from scratch
-    along the way, clean and protected: a lead that is no knowledge. None where no attack shuffles."""
-    own = [m for m in test if _shuffles(about.get(m.name, {}))]
+def shuffled(
+    test: Sequence[Measured], validation: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float] | None:
+    """How far weights of which nothing but the scales is left (the edit `shuffle`) are ahead of those from scratch
+    along the way, clean and protected, each under the attack that is best on validation data: a lead that is no
+    knowledge. None where no attack shuffles."""
+    own = [i for i, m in enumerate(test) if _shuffles(about.get(m.name, {}))]
     if not own:
         return None
-    scratch = max(area(m.mean("scratch")) for m in test if m.steps == own[0].steps)
-    return {model: max(area(m.mean(model)) for m in own) - scratch for model in ("clean", "protected")}
+    budget = [i for i, m in enumerate(test) if m.steps == test[own[0]].steps]
+
+    def best(model: str, among: Sequence[int]) -> float:
+        return area(test[max(among, key=lambda i: area(validation[i].mean(model)))].mean(model))
+
+    scratch = best("scratch", budget)
+    return {model: best(model, own) - scratch for model in ("clean", "protected")}
 
 
 def _shuffles(known: Mapping[str, Any]) -> bool:

@@ -247,7 +247,7 @@ def _scales(found: dict[str, float] | None, scale: Scale) -> list[str]:
     return [
         "With the entries of every tensor shuffled, so that scales are left and nothing learned, the unprotected "
         f"weights are {ahead['clean']} {scale.unit} beside scratch along the way, the protected ones "
-        f"{ahead['protected']}: so much of a lead is no knowledge."
+        f"{ahead['protected']}: what of this lies above 0 is a lead without knowledge."
     ]
 
 
