@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.collapse import between_images, hinge, leak, log_spread_ratio, peak
+from holdfast.collapse import between_images, hinge, leak, log_spread_ratio, peak, reopened
 from holdfast.defences.base import SETTLING, Given
 from holdfast.defences.lockout import Lockout
+from holdfast.defences.reopening import ENOUGH, Reopening
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
@@ -27,6 +28,22 @@ def test_what_depends_on_the_image_by_hand() -> None:
     assert between_images(spots).item() == 0.0
     with pytest.raises(UserError, match="shape"):
         between_images(torch.zeros(3))
+
+
+def test_what_depends_on_the_image_is_the_same_in_every_layout_and_type() -> None:
+    """The variance, mean over units, and 2·(x − x̄)/entries, as autograd finds it; a half's gradient is a half's."""
+    x = torch.randn(5, 3, 4, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    value = x.var(0, correction=0).mean()
+    (wanted,) = torch.autograd.grad(value, x)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.detach().to(memory_format=layout).requires_grad_()
+        (found,) = torch.autograd.grad(between_images(y), y)
+        assert between_images(y).item() == pytest.approx(value.item(), rel=1e-6)
+        torch.testing.assert_close(found, wanted)
+    half = x.detach().bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(between_images(half), half)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=1e-4)
 
 
 def test_the_ratio_of_spreads_by_hand_and_under_scaling() -> None:
@@ -58,6 +75,20 @@ def test_the_peak_is_led_by_the_depth_at_which_most_is_left() -> None:
     assert value.item() == pytest.approx(math.log(1.1001 / 3))
     value.backward()
     assert [v.grad.item() for v in logs] == pytest.approx([1 / 1.1001, 0.1 / 1.1001, 1e-4 / 1.1001])
+
+
+def test_what_is_left_is_brought_back_by_hand() -> None:
+    """0 and 2 have the mean 1 and the variance 1: spread as 9 is −2 and 4. Nothing is made smaller, or 100 times as
+    large; what is alike stays alike. To the gradient the factor k = 3 is a constant: (k ± 1)/2."""
+    x = torch.tensor([[0.0], [2.0]], requires_grad=True)
+    found = reopened(x, 9.0)
+    assert found.flatten().tolist() == pytest.approx([-2.0, 4.0])
+    (gradient,) = torch.autograd.grad(found[0, 0], x)
+    assert gradient.flatten().tolist() == pytest.approx([2.0, -1.0])
+    assert torch.equal(reopened(x, 0.5), x)
+    assert reopened(x * 1e-3, 1.0, most=10.0).flatten().tolist() == pytest.approx([-9e-3, 11e-3])
+    assert torch.equal(reopened(torch.ones(3, 2), 1.0), torch.ones(3, 2))
+    assert reopened(x.bfloat16(), 9.0).dtype == torch.bfloat16
 
 
 def test_the_hinge_by_hand() -> None:
@@ -133,10 +164,12 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
 def test_every_term_is_a_loss_of_its_own(task, runtime) -> None:
     architecture, *_ = NETWORKS["normalised"]
     domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
-    spec = Lockout(close=2, iterations=2, steps=1, batch_size=10, check_every=1, peak=1.0, fisher=0.5, answer=0.5)
+    spec = Lockout(
+        close=2, iterations=2, steps=1, batch_size=10, check_every=1, peak=1.0, reopen=0.7, fisher=0.5, answer=0.5
+    )
     engine = spec.prepare(Given(architecture.build(5), domain, domain.train, 5, architecture, task, runtime))
     losses = engine.iterate(1, 1.0)
-    assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread", "peak", "fisher", "answer"}
+    assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread", "peak", "reopened", "fisher", "answer"}
     assert losses["peak"] > losses["spread"], "the mean's logarithm is above the logarithms' mean"
     terms = sum(v for n, v in losses.items() if n != "lockout")
     assert losses["lockout"] == pytest.approx(terms, rel=1e-5)
@@ -154,6 +187,49 @@ def test_spared_layers_are_the_first_and_have_no_part_in_the_ratios(task, runtim
     every = shares[0][0]
     assert [depths for depths, _ in shares.values()] == [every, every[1:], every[2:]]
     assert len({value for _, value in shares.values()}) == 3
+
+
+class Branches(nn.Module):
+    """A stream, and a branch that joins it again: what `act` gives feeds `branch` and passes it by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.last = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.act, self.inner = nn.ReLU(), nn.ReLU()
+        for layer in (self.first, self.branch, self.last):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        x = self.act(self.first(x))
+        return self.last(x + self.inner(self.branch(x)))
+
+
+def test_behind_an_opened_place_lies_what_it_does_not_feed_itself() -> None:
+    """`act` feeds `branch`, and reaches `last` by both ways; `inner` reaches `last` by way of the sum."""
+    inputs = torch.tensor([[1.0, 2.0], [0.5, 3.0]])
+    found = Reopening(Branches(), ["act", "inner"], ["branch", "last"], inputs)
+    assert found.places == [("act", [1]), ("inner", [1])]
+    with pytest.raises(UserError, match="reopen is above 0, but behind no activation module"):
+        Reopening(Branches(), ["act", "inner"], ["branch"], inputs)
+
+
+def test_what_an_opened_place_lets_through_by_hand() -> None:
+    """Original images spread by 1 (mean over both units) behind `first`, restricted ones by 0.01, about 5: opened they
+    do so too, and `last`, which sees twice of it, spreads as it does for original ones: a ratio of 1, not of 1/100."""
+    model = Branches()
+    original, restricted = torch.tensor([[4.0, 4.0], [6.0, 6.0]]), torch.tensor([[4.9, 4.9], [5.1, 5.1]])
+    opening = Reopening(model, ["act"], ["branch", "last"], original)
+    with Taps(model, ["branch", "last"]) as taps:
+        with opening.watching(torch.Generator()) as opened:
+            model(original)
+        values = [between_images(v) for v in taps.values]
+        model(restricted)
+        assert log_spread_ratio(taps.values[1], values[1], 0.0).item() == pytest.approx(math.log(0.01), abs=1e-4)
+        found = opened.peak(lambda: model(restricted), taps, values)
+        assert found.item() == pytest.approx(math.log(1 + ENOUGH), abs=1e-4)
+        model(restricted)
+        assert taps.values[1].var(0, correction=0).mean().item() == pytest.approx(0.04, rel=1e-3), "closed again"
 
 
 def test_a_layer_that_no_image_reaches_is_no_depth() -> None:

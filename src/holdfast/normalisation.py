@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 BATCH_NORM = signature(F.batch_norm)
@@ -74,11 +75,32 @@ class Lent:
 
 
 def _normalised(variance: Tensor, mean: Tensor, given: dict[str, Any]) -> Tensor:
-    values: Tensor = given["input"]
-    shape = [1, -1, *[1] * (values.ndim - 2)]
-    scale = (variance + given["eps"]).rsqrt()
-    if given["weight"] is not None:
-        scale = scale * given["weight"]
-    shift = -mean * scale if given["bias"] is None else given["bias"] - mean * scale
-    found: Tensor = values.float() * scale.view(shape) + shift.view(shape)
-    return found.to(values.dtype)
+    values, weight, bias = given["input"], given["weight"], given["bias"]
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    found: Tensor = _ByOthers.apply(values, mean, variance, weight, bias, given["eps"])
+    return found
+
+
+class _ByOthers(torch.autograd.Function):
+    """y = w·s·(x − m) + b with s = (v + ε)^(−½), as torch's own kernel has it, and the gradients that this one keeps to
+    itself: dm = −w·s·Σ dy and dv = −½·w·s²·Σ dy·s·(x − m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        """The shape and type of `x`."""
+        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """One for each argument."""
+        x, mean, variance, weight = ctx.saved_tensors
+        parts = (gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        dx, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(*parts)
+        scale = (variance + ctx.eps).rsqrt()
+        return dx, -weight * scale * by_bias, -0.5 * weight * scale.square() * by_weight, by_weight, by_bias, None

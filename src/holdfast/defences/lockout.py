@@ -4,7 +4,7 @@ restart, and the units that read them are closed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,8 +24,9 @@ from holdfast.defences.base import (
     require_rates,
     require_tolerance,
 )
-from holdfast.defences.places import Places, activations_of, open_share
+from holdfast.defences.places import Places, activations_of, examples, open_share
 from holdfast.defences.probing import Prober
+from holdfast.defences.reopening import Opened, Reopening
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import ImageData
 from holdfast.errors import require, unknown
@@ -35,7 +36,7 @@ from holdfast.guard import Phase, Select
 from holdfast.models import load_state
 from holdfast.normalisation import Lent
 from holdfast.optimisers import adam
-from holdfast.seeding import derive, seeded
+from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import fisher_ratio
 from holdfast.tasks import Task
 from holdfast.training import fit
@@ -51,12 +52,15 @@ class Lockout(Guarded):
         L = L_task(original) + `distillation`·D(θ₀ ‖ θ; original) + s·( `hinge`·Σ_{l ∈ last close} H(z_l; restricted)
             + `flat`·Σ_{l ∈ last close} V(z_l; restricted)/V₀(z_l; original)
             + `spread`·Σ_l log r_l + `peak`·log Σ_l r_l + `fisher`·Σ_l F(x_l; restricted)
-            + `answer`·L_α(restricted) ) ,   r_l = V(x_l; restricted)/V(x_l; original) ,
+            + `reopen`·log Σ_{l behind k} r̃_l + `answer`·L_α(restricted) ) ,
+        r_l = V(x_l; restricted)/V(x_l; original) ,
 
-    each Σ a mean over its layers; H is `collapse.hinge`, V `collapse.between_images`, F `separation.fisher_ratio`, L_α
-    the task's suppression loss, s what the guard allows. Restricted images pass with the batch statistics of the
-    original ones (`normalisation.Lent`), as they will when the model is used or its layers are frozen, and with their
-    own, as when it is trained; the latter cannot be closed, a normalised channel has both signs, but collapsed.
+    each Σ a mean over its layers; r̃_l is r_l while what goes into activation k, another one in each step, spreads as
+    original images do there (`collapse.reopened`); H is `collapse.hinge`, V `collapse.between_images`, F
+    `separation.fisher_ratio`, L_α the task's suppression loss, s what the guard allows. Restricted images pass with the
+    batch statistics of the original ones (`normalisation.Lent`), as they will when the model is used or its layers are
+    frozen, and with their own, as when it is trained; the latter cannot be closed, a normalised channel has both signs,
+    but collapsed.
     """
 
     close: int = 4  # activations, counted from the last, whose units are closed and made alike
@@ -67,6 +71,7 @@ class Lockout(Guarded):
     spread: float = 1.0
     peak: float = 0.0  # more of it where the original has room: shallow layers give way last
     spared: int = 0  # weight layers after the first whose inputs are left alone: edges serve every domain
+    reopen: float = 0.0  # behind a place that is opened again, as an attacker's first steps open it
     fisher: float = 0.0
     answer: float = 0.0
     distillation: float = 2.0
@@ -91,10 +96,10 @@ class Lockout(Guarded):
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         for name in ("close", "spared"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "fisher", "answer", "distillation")
+        weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "reopen", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        terms = ("spread", "peak", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
+        terms = ("spread", "peak", "reopen", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
         require(
             any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
         )
@@ -159,6 +164,9 @@ class _Engine(Engine):
             found == spec.close or not (spec.hinge or spec.flat),
             f"close is {spec.close}, but the network runs {found} activation modules that can be closed",
         )
+        self.reopening = (
+            Reopening(model, activations_of(given), self.places.depths, examples(given)) if spec.reopen else None
+        )
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
         self.adam = adam(model.parameters(), spec.lr)
@@ -207,16 +215,17 @@ class _Engine(Engine):
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, steps)
         seen: dict[str, Tensor] = {}
         lent = Lent()
+        draws = generator(given.seed, "reopen", first)  # its own: the same in every process, whatever its part is
 
         def forward(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            with lent.lending():
+            with lent.lending(), self.reopening.watching(draws) if self.reopening else nullcontext() as opened:
                 outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
-            original = taps.values
+            original = [between_images(v) for v in taps.values]
             others, classes = next(theirs)
             if spec.shift:
                 others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))
-            found = self._restricted(taps, closed, lent, original, others, classes)
+            found = self._restricted(taps, closed, lent, original, others, classes, opened)
             seen.update({"kept": kept.detach(), **{n: v.detach() for n, v in found.items()}})
             return kept + strength * torch.stack(list(found.values())).sum()
 
@@ -230,7 +239,14 @@ class _Engine(Engine):
         return {"lockout": math.nan if result.diverged_at else result.loss, **values}
 
     def _restricted(
-        self, taps: Taps, closed: Taps, lent: Lent, original: list[Tensor], images: Tensor, labels: Tensor
+        self,
+        taps: Taps,
+        closed: Taps,
+        lent: Lent,
+        original: list[Tensor],
+        images: Tensor,
+        labels: Tensor,
+        opened: Opened | None,
     ) -> dict[str, Tensor]:
         """The weighted terms on one batch of restricted images, by name."""
         spec, given, model, places = self.spec, self.given, self.given.model, self.places
@@ -241,12 +257,14 @@ class _Engine(Engine):
                 term = weight * torch.stack(terms).mean()
                 found[name] = found[name] + term if name in found else term
 
-        passes: list[AbstractContextManager[object]] = [lent.borrowing()]
-        passes += [nullcontext()] if self.normalises else []
-        for i, statistics in enumerate(passes):
+        def outputs_by(statistics: AbstractContextManager[object]) -> Tensor:
             with own_statistics(model), statistics, given.runtime.autocast():
-                outputs = given.task.forward(model, images, labels)
-            share = 1 / len(passes)
+                return given.task.forward(model, images, labels)
+
+        passes: list[Callable[[], AbstractContextManager[object]]] = [lent.borrowing]
+        passes += [nullcontext] if self.normalises else []
+        for i, statistics in enumerate(passes):
+            outputs, share = outputs_by(statistics()), 1 / len(passes)
             if i == 0:
                 parts = zip(closed.values, places.thresholds, places.units, strict=True)
                 add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
@@ -260,4 +278,7 @@ class _Engine(Engine):
                 add("peak", spec.peak * share, [peak(ratios)])
             if spec.fisher:
                 add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
+        if opened is not None:  # by either statistics, in turn: a third pass in the place of two
+            chosen = passes[opened.turn % len(passes)]
+            add("reopened", spec.reopen, [opened.peak(lambda: outputs_by(chosen()), taps, original)])
         return found

@@ -24,7 +24,7 @@ class Places:
 
     def __init__(self, given: Given, close: int, spared: int = 0) -> None:
         self.closed = activations_of(given)[-close:] if close else []
-        every = depths(given.model, _examples(given))
+        every = depths(given.model, examples(given))
         require(bool(every), "lockout needs a network of several layers, but there is one alone")
         self.depths = every[spared:]
         require(
@@ -73,7 +73,7 @@ def _by_channel(values: Tensor) -> Tensor:
     return values.float().std(others, keepdim=True)
 
 
-def _examples(given: Given) -> Tensor:
+def examples(given: Given) -> Tensor:
     """A few inputs that differ, of the architecture's shape."""
     example = given.architecture.example(4)
     return torch.randn(example.shape, generator=generator(0, "examples")).to(given.runtime.device)
