@@ -70,6 +70,7 @@ ORDER = [
     "defences.ntl",
     "defences.unsir",
     "defences.places",
+    "defences.reopening",
     "defences.lockout",
     "defences.registry",
     "attacks.attack",
