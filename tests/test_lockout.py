@@ -277,6 +277,24 @@ def test_borrowed_statistics_by_hand(affine) -> None:
         layer(layer(y))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_statistics_are_borrowed_by_a_network_of_any_type(kind) -> None:
+    """As in float32, up to what the type can hold, with the gradient of the weight too."""
+    found, lent = [], Lent()
+    for dtype in (torch.float32, kind):
+        draw = torch.Generator().manual_seed(0)
+        layer = nn.BatchNorm2d(3).to(dtype).train()
+        x, y = (torch.randn(n, 3, 2, 2, generator=draw).to(dtype) for n in (4, 5))
+        with lent.lending():
+            layer(x)
+        with lent.borrowing():
+            output = layer(y)
+        assert output.dtype == dtype
+        (gradient,) = torch.autograd.grad(output.square().sum(), layer.weight)
+        found.append((output.float(), gradient.float()))
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+
+
 def test_borrowed_statistics_are_evaluation_once_the_running_ones_have_arrived(architecture) -> None:
     model, lent = architecture.build(5), Lent()
     x, y = torch.randn(8, 1, 8, 8), torch.randn(6, 1, 8, 8)

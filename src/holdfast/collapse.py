@@ -28,7 +28,7 @@ def between_images(features: Tensor) -> Tensor:
 
 class _Between(torch.autograd.Function):
     """V = mean of c² with c = x − x̄, and dV/dx = 2·c ÷ entries, as Σ c = 0: one pass each way, and what is kept has the
-    features' own type. Left to autograd, the variance was a third of a step of Lockout."""
+    features' own type. Left to autograd it took a sixth of a step of Lockout on a ResNet."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:

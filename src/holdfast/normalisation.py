@@ -76,10 +76,11 @@ class Lent:
 
 def _normalised(variance: Tensor, mean: Tensor, given: dict[str, Any]) -> Tensor:
     values, weight, bias = given["input"], given["weight"], given["bias"]
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
-    found: Tensor = _ByOthers.apply(values, mean, variance, weight, bias, given["eps"])
-    return found
+    weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    x = values.float() if values.dtype is torch.float64 else values  # the kernel mixes a half with float32, no more
+    found: Tensor = _ByOthers.apply(x, mean, variance, weight, bias, given["eps"])
+    return found.to(values.dtype)
 
 
 class _ByOthers(torch.autograd.Function):

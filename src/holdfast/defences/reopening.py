@@ -39,18 +39,17 @@ class Reopening:
 
 class Opened:
     """The place that was drawn: its activation, the positions of the depths behind it, `spread`, the original images'
-    there, and `turn`, 0 or 1, whose turn it is where one of two must do."""
+    there once they have run, and `turn`, 0 or 1, whose turn it is where one of two must do."""
+
+    spread: Tensor
 
     def __init__(self, module: nn.Module, behind: Sequence[int], turn: int) -> None:
         self.module, self.behind, self.turn = module, behind, turn
-        self.spread: Tensor | None = None
 
     def peak(self, forward: Callable[[], object], taps: Taps, original: Sequence[Tensor]) -> Tensor:
         """`collapse.peak` of the ratios of spreads behind the place while it is open, in `forward` of restricted
         images. `taps`: of all depths; `original`: their spreads on original images. Lies in [log `ENOUGH`, ∞)."""
-        assert self.spread is not None, "original images have not run yet"
-        spread = self.spread
-        hook = self.module.register_forward_pre_hook(lambda _, args: (reopened(args[0], spread), *args[1:]))
+        hook = self.module.register_forward_pre_hook(lambda _, args: (reopened(args[0], self.spread), *args[1:]))
         try:
             forward()
         finally:
