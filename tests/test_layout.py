@@ -88,6 +88,7 @@ ORDER = [
     "controls",
     "measured",
     "checks",
+    "judgement",
     "summary",
     "pretraining",
     "selfsupervised",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.attacks.attack import Attack
+from holdfast.attacks.batteries import BATTERIES
 from holdfast.audit import BENIGN, AuditFiles
 from holdfast.files import write_json
 from holdfast.finetuning import FineTuning
@@ -161,6 +162,25 @@ def test_a_lead_that_survives_shuffling_is_no_knowledge() -> None:
     said = " ".join(conclusion(s))
     assert "the unprotected weights are +10.0 points beside scratch along the way, the protected ones +0.0" in said
     assert summarise(records(), 0.1, COST, facts={"attacks": ABOUT})["restricted"]["shuffled"] is None
+
+
+def test_a_weaker_audit_of_the_same_weights_is_judged_by_its_own_attacks() -> None:
+    """The three attacks of `paper-default` are held, one of the eleven of `quick` is not."""
+    names = [a.name for a in BATTERIES["quick"].attacks]
+    curves = dict.fromkeys(names, CURVES["direct+all"]) | {"initFC+all · adam swept": CURVES["initFC+all · adam 1e-3"]}
+    facts = {"battery": "quick-v2", "left_out": {}}
+    searches = [search("protected", 0.2, edge=True, name="initFC+all · momentum swept")]
+    s = summarise(records(3, curves), 0.1, COST, searches, facts)
+    weak, strong = s["restricted"]["strengths"]
+    assert (weak["battery"], weak["attacks"], weak["verdict"], weak["failing"]) == ("paper-default-v1", 3, "held", [])
+    assert weak["worst_case"]["protected"]["final"] == pytest.approx(0.205)
+    assert (strong["battery"], strong["attacks"], strong["verdict"]) == ("quick-v2", 11, s["verdict"])
+    assert strong["failing"] == ["no best learning rate at the grid's edge"], "a check of its own searches alone"
+    assert strong["worst_case"] == s["restricted"]["worst_case"]
+    assert s["verdict"] == "partial"
+    assert "otherwise: paper-default-v1 alone says held." in " ".join(conclusion(s))
+    for unknown in ("quick-v1", "own-v1", ""):  # what an older one held is not known here
+        assert summarise(records(3, curves), 0.1, COST, (), {"battery": unknown})["restricted"]["strengths"] == []
 
 
 def test_the_worst_case_is_chosen_on_validation_data() -> None:

@@ -36,6 +36,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
+def limits_of(values: Sequence[float]) -> list[float] | None:
+    """`interval` as JSON holds it."""
+    found = interval(values)
+    return list(found) if found else None
+
+
 def paired(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """first − second, seed by seed."""
     return [a - b for a, b in zip(first, second, strict=True)]

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.audit import BENIGN, MODELS
-from holdfast.checks import Check, Evidence, run_checks
 from holdfast.intactness import intactness
+from holdfast.judgement import Trial, judge, strengths, worst_entry
 from holdfast.limits import limits
-from holdfast.measured import Measured, WorstCase, measured, one_attack, worst_case
-from holdfast.metrics import Verdict, area, cost_ratio, log_area, recovery, scratch_learns, verdict
+from holdfast.measured import Measured, measured, one_attack
+from holdfast.metrics import area, log_area
 from holdfast.records import Record, SearchRecord
-from holdfast.scales import ACCURACY, Scale, scale_of
-from holdfast.statistics import deviation, interval, mean, paired, spread
+from holdfast.scales import ACCURACY, scale_of
+from holdfast.statistics import deviation, limits_of, mean, paired, spread
 
 SCHEMA = 1
 
@@ -30,117 +30,32 @@ def summarise(
     of each attack, of those left out, and of the third domain."""
     facts, scale = facts or {}, scale_of(records[0].metric)
     about = facts.get("attacks", {})
-    test, validation = measured(records, "test"), measured(records, "validation")
-    worst = worst_case(test, validation, chance, scale)
-    # The strongest first: by what it gives the one who holds the protected weights.
-    order = sorted(test, key=lambda m: -mean(m.final("protected")))
-    order.insert(0, order.pop(order.index(worst.protected)))
+    test, validation, intact = measured(records, "test"), measured(records, "validation"), intactness(records)
+    diverged = [(r.attack, r.model) for r in records if r.diverged]
+    trial = Trial(test, validation, searches, diverged, intact is not None, facts, chance, scale)
+    found = judge(trial)
     series = slc(test, about)
-    attacks = [_attack_entry(m, chance, scale, about.get(m.name, {})) for m in order]
-    intact = intactness(records)
-    left_out = facts.get("left_out", {})
-    checks = run_checks(
-        Evidence(
-            attacks,
-            test,
-            searches,
-            chance,
-            [f"{r.attack} ({r.model})" for r in records if r.diverged],
-            intact is not None,
-            about,
-            left_out if isinstance(left_out, Mapping) else dict.fromkeys(left_out, "other number of classes"),
-            worst.along("clean") - worst.along("scratch"),
-            bool(facts.get("foreign")),
-            str(facts.get("battery", "")),
-            scale,
-            facts.get("released"),
-        )
-    )
     return {
         "schema": SCHEMA,
-        "verdict": final_verdict(worst.verdict, checks),
+        "verdict": found.verdict,
         "intactness": intact,
         "restricted": {
             "metric": records[0].metric,
             "chance": chance,
-            "worst": worst.protected.name,
-            "worst_case": _worst_entry(worst),
+            "worst": found.worst.protected.name,
+            "worst_case": worst_entry(found.worst),
+            "strengths": strengths(trial, found),
             "undone": undone(test, about, scale.margin),
             "shuffled": shuffled(test, validation, about),
             "slc": series[0] if series else None,
             "slc_others": series[1:],
-            "attacks": attacks,
+            "attacks": found.attacks,
         },
         "limits": limits(records),
         "benign": benign(records, (facts.get("benign") or {}).get("chance")),
         "search": search_cost(searches),
         "cost": cost,
-        "checks": [c.as_dict() for c in checks],
-    }
-
-
-def final_verdict(found: Verdict, checks: Sequence[Check]) -> Verdict:
-    """A failing check forbids *held*."""
-    return "partial" if found == "held" and not all(c.passed for c in checks) else found
-
-
-def _worst_entry(worst: WorstCase) -> dict[str, Any]:
-    gap = paired(worst.protected.final("protected"), worst.scratch.final("scratch"))
-    way = paired(*([area(curve) for curve in worst.envelopes[m]] for m in ("protected", "scratch")))
-    # Of protected − scratch, each at its own best. `steps`: of the envelopes, the best attack at each step.
-    entry: dict[str, Any] = {"interval": _limits(gap), "interval_along": _limits(way), "steps": worst.steps}
-    for model in MODELS:
-        found: Measured = getattr(worst, model)
-        entry[model] = {
-            "attack": found.name,
-            "final": mean(found.final(model)),
-            "deviation": deviation(found.final(model)),
-            "along_the_way": worst.along(model),
-            "setting": found.settings[model],
-            "envelope": [mean(column) for column in zip(*worst.envelopes[model], strict=True)],
-            "envelope_deviation": [deviation(column) for column in zip(*worst.envelopes[model], strict=True)],
-        }
-    return entry
-
-
-def _limits(values: Sequence[float]) -> list[float] | None:
-    found = interval(values)
-    return list(found) if found else None
-
-
-def _attack_entry(found: Measured, chance: float, scale: Scale, about: Mapping[str, Any]) -> dict[str, Any]:
-    protected, clean, scratch = found.mean("protected"), found.mean("clean"), found.mean("scratch")
-    ratios = {
-        f"cost_ratio_{n}": cost_ratio(spent["protected"], protected, scratch, chance, spent["scratch"], scale)
-        for n, spent in (("samples", found.samples), ("flops", found.flops))
-    }
-    return {
-        "name": found.name,
-        "simulated": found.simulated,
-        "steps": found.steps,
-        "protected": protected,
-        "clean": clean,
-        "scratch": scratch,
-        "recovery": recovery(protected[-1], clean[-1], chance, scale),
-        "cost_ratio": cost_ratio(found.steps, protected, scratch, chance, scale=scale),
-        **ratios,
-        "interval": _limits(paired(found.final("protected"), found.final("scratch"))),  # of protected − scratch
-        "difference": paired(found.final("protected"), found.final("scratch")),  # seed by seed
-        "budget_area": log_area(found.steps[1:], protected[1:], scratch[1:]),
-        "deviation": {m: found.deviation(m) for m in MODELS},
-        "scratch_learns": scratch_learns(found.steps, scratch, chance, scale),
-        "clean_ahead": area(clean) > area(scratch) + scale.margin,
-        "images": found.images,
-        "settings": dict(found.settings),
-        "dead": list(found.dead),
-        "flops": {m: found.flops[m][-1] for m in MODELS},
-        "edits": [e["name"] for e in about.get("edits", [])],
-        "needs": list(about.get("needs", [])),
-        "cost": about.get("cost", ""),
-        # An attack that does not train the clean model either shows nothing about a defence.
-        "verdict": verdict(found.protected, found.clean, found.scratch, chance, scale=scale)
-        if clean[-1] - chance >= scale.learns
-        else "inconclusive",
+        "checks": [c.as_dict() for c in found.checks],
     }
 
 
@@ -243,7 +158,7 @@ def _slc(ordered: Sequence[Measured]) -> dict[str, Any]:
         "images": [m.images for m in ordered],
         **{model: [mean(m.final(model)) for m in ordered] for model in MODELS},
         "deviation": {model: [deviation(m.final(model)) for m in ordered] for model in MODELS},
-        "auc": {m: {"mean": mean(areas(m)), "interval": _limits(areas(m))} for m in ("protected", "clean")},
+        "auc": {m: {"mean": mean(areas(m)), "interval": limits_of(areas(m))} for m in ("protected", "clean")},
     }
 
 
@@ -261,7 +176,7 @@ def benign(records: Sequence[Record], chance: float | None) -> dict[str, Any] | 
         **{m: found.mean(m) for m in MODELS},
         "deviation": {m: found.deviation(m) for m in MODELS},
         "difference": mean(gap),
-        "interval": _limits(gap),
+        "interval": limits_of(gap),
         "along_the_way": way,
         "kept": mean(gap) >= -margin and way >= -margin,
     }

@@ -74,6 +74,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         f"{scale.shown(worst['clean']['final'])}, a model from scratch to {scale.shown(worst['scratch']['final'])} "
         f"(chance {scale.shown(restricted['chance'])}).",
     ]
+    said += _weaker(restricted.get("strengths"), summary["verdict"])
     said += _undone(restricted["undone"], scale)
     default = attacks.get(PAPER_DEFAULT)
     if default:
@@ -98,6 +99,12 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         + (f"; not held: {_some(beaten)}." if beaten else ".")
     )
     return said + _benign(summary["benign"], scale)
+
+
+def _weaker(found: Sequence[Mapping[str, Any]] | None, verdict: str) -> list[str]:
+    """Where a weaker audit would have said something else of the same weights."""
+    other = [f"{s['battery']} alone says {s['verdict']}" for s in found or () if s["verdict"] != verdict]
+    return [f"A weaker audit would have judged the same weights otherwise: {', '.join(other)}."] if other else []
 
 
 def _attacks(count: int) -> str:
