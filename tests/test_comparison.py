@@ -105,6 +105,10 @@ def test_the_table(compared: Path) -> None:
         ends.append(plain["protected"][-1])
     assert row["attack"] == pytest.approx([sum(ends) / 2, abs(ends[0] - ends[1]) / 2**0.5])
     assert found["controls"]["clean"]["attack"] == pytest.approx(row["attack"])
+    assert row["weaker"] == {}, "nothing within a battery of the recipe's own attacks"
+    row = {**row, "verdicts": ["failed", "partial"], "weaker": {"a": ["held", "held"], "b": ["failed", "partial"]}}
+    told = as_markdown({**found, "rows": {"identity": row}})
+    assert "| 1 failed, 1 partial; 2 held by a alone |" in told
     text = as_markdown(found)
     assert text == (compared / "comparison.md").read_text()
     assert text.count("\n| ") == 5, "a header, two defences, two controls"

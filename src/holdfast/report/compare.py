@@ -73,6 +73,7 @@ def _row(summaries: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
         "unprotected": sum(p["released"] == 0 for p in protections),
         "measured": _measured(protections),
         "verdicts": [s["verdict"] for s in summaries],
+        "weaker": _weaker(summaries),
         "failing": sorted({c["name"] for s in summaries for c in s["checks"] if not c["passed"]}),
         "seconds": mean([s["cost"]["protect_seconds"] or 0.0 for s in summaries]),
         "memory_mb": max(p["peak_memory_mb"] for p in protections),
@@ -95,6 +96,25 @@ def _measured(protections: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, l
         name: {model: spread([m[model][name] for m in own]) for model in ("clean", "protected")}
         for name in (own[0]["protected"] if own else ())
     }
+
+
+def _weaker(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Verdicts of the batteries within the audit, by name: what a weaker audit of the same weights would have said."""
+    found: dict[str, list[str]] = {}
+    for summary in summaries:
+        for part in summary["restricted"].get("strengths", [])[:-1]:
+            found.setdefault(part["battery"], []).append(part["verdict"])
+    return found
+
+
+def _counted(verdicts: Sequence[str]) -> str:
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+
+
+def _verdicts(row: Mapping[str, Any]) -> str:
+    """The audit's own, and those of weaker batteries that would have said something else."""
+    other = [f"{_counted(v)} by {name} alone" for name, v in row["weaker"].items() if v != row["verdicts"]]
+    return "; ".join([_counted(row["verdicts"]), *other])
 
 
 def _within(entry: Mapping[str, Any], found: float) -> float | None:
@@ -148,12 +168,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for name, row in result["rows"].items():
         count = len(row["verdicts"])
         none = f" († {row['unprotected']} of {count})" if row["unprotected"] else ""
-        verdicts = ", ".join(f"{row['verdicts'].count(v)} {v}" for v in dict.fromkeys(row["verdicts"]))
         lines.append(
             f"| {name}{none} | {scale.shown(row['before'][0])} → {_mean(row['after'], scale)} | "
             f"{_mean(row['attack'], scale)} | "
             f"{_mean(row['worst'], scale)} ({'; '.join(row['worst_attacks'])}) | {_mean(row['along'], scale)} | "
-            f"{_slc(row['slc_auc']) or '–'} | {_gap(row['benign'], scale)} | {verdicts} | {row['seconds']:.0f} | "
+            f"{_slc(row['slc_auc']) or '–'} | {_gap(row['benign'], scale)} | {_verdicts(row)} | {row['seconds']:.0f} | "
             f"{row['memory_mb']:.0f} |"
         )
     for name, row in result["controls"].items():
