@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.defences.base import Given
 from holdfast.defences.lockout import Lockout
@@ -22,6 +22,7 @@ from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
 from holdfast.runtime import Runtime
+from holdfast.tasks import Classification
 from holdfast.training import evaluate
 from holdfast.workplace import Workplace
 
@@ -136,6 +137,28 @@ class Killed(Exception):
 DEATHS = {"ntp": (0.3, 0.8), "unsir": (0.2, 0.33, 0.4, 0.8), "source-only ntl": (0.2, 0.5, 0.8)}
 RESUMED = {
     **CASES,
+    # Both stages, with every term, and each kind of adversary that `recipes/lockout/mnist-usps.yaml` simulates.
+    "lockout-sophon": replace(
+        QUICK_LOCKOUT,
+        iterations=4,
+        check_every=2,
+        tolerance=0.9,
+        peak=0.5,
+        reopen=0.5,
+        fisher=0.1,
+        answer=0.1,
+        augment="shift",
+        sophon=Sophon(
+            adversaries=2,
+            inner_steps=3,
+            inner_lr=(1e-3, 1e-2),
+            inner_batch_size=(20,),
+            inner_initialise=("keep", "head", "last-k"),
+            inner_edits=("leaky",),
+            iterations=6,
+            ntr_loops=2,
+        ),
+    ),
     "source-only ntl": NTL(
         auxiliary="generated",
         iterations=4,
@@ -195,6 +218,39 @@ def test_sophon_suppresses_and_says_what_it_did(
     assert min(c.get("restricted", 1) for c in history.checks) < first["restricted"]
     assert {"fts", "ntr", "original", "strength"} <= last.keys()
     assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_reinforcement_sees_images_as_pre_training_did(
+    clean_state, original, restricted, architecture, task, runtime
+) -> None:
+    """Shifted where asked, another shift in every step; the same however far into the run it begins."""
+    seen: list[Tensor] = []
+
+    class Watched(Classification):
+        def forward(self, model, inputs, targets, first=None):
+            if len(inputs) == 24:  # reinforcement's alone
+                seen.append(inputs.clone())
+            return super().forward(model, inputs, targets, first)
+
+    def batches(augment: str, first: int) -> list[Tensor]:
+        seen.clear()
+        spec = replace(QUICK_SOPHON, augment=augment, ntr_batch_size=24, ntr_loops=2)
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        engine = spec.prepare(Given(model, original, restricted.train, 5, architecture, Watched(), runtime))
+        for iteration in range(first, 3):
+            engine.reinforce(iteration)
+        return list(seen)
+
+    plain, shifted = batches("none", 1), batches("shift", 1)
+    assert len(plain) == len(shifted) == 4
+    assert all(
+        torch.equal(torch.unique(p), torch.unique(torch.cat([p, s]))) for p, s in zip(plain, shifted, strict=True)
+    )
+    assert not any(torch.equal(p, s) for p, s in zip(plain, shifted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(shifted[2:], batches("shift", 2), strict=True))
+    with pytest.raises(UserError, match="augmentation"):
+        Sophon(augment="mirror")
 
 
 def test_sophon_defaults_are_the_papers() -> None:

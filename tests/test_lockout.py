@@ -10,15 +10,17 @@ from torch import nn
 from holdfast.collapse import between_images, hinge, leak, log_spread_ratio, peak, reopened
 from holdfast.defences.base import SETTLING, Given
 from holdfast.defences.lockout import Lockout
-from holdfast.defences.reopening import ENOUGH, Reopening
+from holdfast.defences.places import examples
+from holdfast.defences.reopening import ENOUGH, Reopening, altered
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
-from holdfast.features import Taps, activations, depths
+from holdfast.features import Place, Taps, activations, closed_at, depths
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
 from holdfast.normalisation import Lent
 from holdfast.recipes import parse_recipe
+from holdfast.runtime import Runtime
 
 
 def test_what_depends_on_the_image_by_hand() -> None:
@@ -123,11 +125,41 @@ def test_gradients_against_finite_differences(name) -> None:
         assert gradient.flatten()[i].item() == pytest.approx(difference.item(), abs=5e-3)
 
 
+class Shared(nn.Module):
+    """One activation at two places, as torchvision's residual blocks have it, and at a third that sees no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(2, 2), nn.Linear(2, 3), nn.ReLU(inplace=True)
+        self.aside = nn.Parameter(torch.ones(1, 3))
+
+    def forward(self, x):
+        return self.act(self.second(self.act(self.first(x)))) + self.act(self.aside + 1)
+
+
+def test_an_activation_module_that_serves_several_places_is_several() -> None:
+    """Each has its own values, and each can be opened by itself; what depends on no image is none of them."""
+    model, x = Shared(), torch.tensor([[1.0, 2.0], [-0.5, 3.0]])
+    found = activations(model, x)
+    assert found == {"act#0": True, "act#1": True}
+    assert closed_at(model, "act#1") == 0.0
+    for _ in range(2):  # counted anew in every pass
+        with Taps(model, list(found)) as taps:
+            model(x)
+        first = model.first(x)
+        torch.testing.assert_close(taps.values[0], first)
+        torch.testing.assert_close(taps.values[1], model.second(first.relu()))
+    with altered(Place(model, "act#1"), lambda z: z * 0 + 5.0):
+        torch.testing.assert_close(model(x), torch.full((2, 3), 7.0))
+    torch.testing.assert_close(model(x), model.second(first.relu()).relu() + 2)
+
+
 NETWORKS = {
     "plain": (Architecture("small_conv", 8, 1, options={"width": 8, "norm": False}), 4, 4),
     "normalised": (Architecture("small_conv", 8, 1, options={"width": 8}), 4, 4),
     "residual": (Architecture("resnet10t", 32, 3), 11, 11),
     "caformer": (Architecture("caformer_s18", 32, 3), 18, 60),
+    "convnext": (Architecture("convnext_tiny", 32, 3, options={"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}), 4, 15),
     "vit": (
         Architecture(
             "vit_tiny_patch16_224", 16, 3, options={"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -146,14 +178,16 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
     model = architecture.build(5)
     spec = Lockout(close=2, iterations=2, steps=1, batch_size=4, check_every=1, probe_steps=1)
     engine = spec.prepare(Given(model, domain, domain.train, 5, architecture, task, runtime))
-    assert len(activations(model, architecture.example())) >= least_closed
+    found = activations(model, examples(Given(model, domain, domain.train, 5, architecture, task, runtime)))
+    assert len(found) >= least_closed
     assert all(threshold <= 0 for threshold in engine.places.thresholds)
     assert len(engine.places.depths) >= least_depths
     with torch.no_grad(), Taps(model, engine.places.closed) as taps:
         model(architecture.example(2))
-    for unit, values in zip(engine.places.units, taps.values, strict=True):
-        channels = values.shape[2] if values.ndim == 3 else values.shape[1]
-        assert unit.numel() == channels == unit.shape[values.ndim - 1 if values.ndim == 3 else 1]
+    for place, unit, values in zip(engine.places.closed, engine.places.units, taps.values, strict=True):
+        channels = values.shape[-1] if found[place] else values.shape[1]
+        assert unit.numel() == channels == unit.shape[-1 if found[place] else 1]
+        assert found[place] == (name in ("caformer", "convnext", "vit")), "given by a linear layer"
     before = state_of(model)
     losses = engine.iterate(1, 1.0)
     assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread"}
@@ -206,10 +240,14 @@ class Branches(nn.Module):
 
 
 def test_behind_an_opened_place_lies_what_it_does_not_feed_itself() -> None:
-    """`act` feeds `branch`, and reaches `last` by both ways; `inner` reaches `last` by way of the sum."""
+    """`act` feeds `branch`, and reaches `last` by way of it too; `inner` reaches `last` in the sum alone."""
     inputs = torch.tensor([[1.0, 2.0], [0.5, 3.0]])
     found = Reopening(Branches(), ["act", "inner"], ["branch", "last"], inputs)
-    assert found.places == [("act", [1]), ("inner", [1])]
+    assert found.places == [("act", [1])]
+    pooled = Architecture("small_conv", 8, 1, options={"width": 8}).build(5)
+    names = list(activations(pooled, torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))))
+    behind = Reopening(pooled, names, ["6", "9", "12"], torch.randn(4, 1, 8, 8)).places
+    assert [n for n, _ in behind] == names[:-1], "the last feeds the head, pooled"
     with pytest.raises(UserError, match="reopen is above 0, but behind no activation module"):
         Reopening(Branches(), ["act", "inner"], ["branch"], inputs)
 
@@ -435,6 +473,26 @@ def test_the_second_stage_is_sophons_loop_with_lockouts_loss(original, restricte
     assert not alone.simulates(tuned)
     with pytest.raises(UserError, match="alternating within lockout"):
         Lockout(sophon=Sophon(update="joint"))
+    for own in ({"repair": 0.4}, {"augment": "shift"}):
+        with pytest.raises(UserError, match="must be left alone within lockout"):
+            Lockout(sophon=Sophon(**own))
+
+
+def test_what_recomputes_a_forward_pass_knows_nothing_of_lockout(original, restricted, architecture, task) -> None:
+    """Said before any work; a network without batch normalisation has nothing to lose."""
+    runtime = Runtime.choose("cpu", "float32", checkpointing=True)
+    plain, _, _ = NETWORKS["plain"]
+    for network, spec, refused in (
+        (architecture, Lockout(), True),
+        (plain, Lockout(), False),
+        (plain, Lockout(reopen=1.0), True),
+    ):
+        given = Given(network.build(5), original, restricted.train, 5, network, task, runtime)
+        if refused:
+            with pytest.raises(UserError, match=r"runtime\.checkpointing recomputes forward passes"):
+                spec.require_fit(given)
+        else:
+            spec.require_fit(given)
 
 
 def test_a_recipe_nests_sophon(tmp_path) -> None:

@@ -1,7 +1,9 @@
 """Out of memory: smaller parts and the same gradient; activations computed anew."""
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.defences.base import Given
+from holdfast.defences.lockout import Lockout
+from holdfast.defences.ntp import NTP
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.memory import out_of_memory
@@ -16,7 +21,7 @@ from holdfast.models import Architecture
 from holdfast.runtime import Runtime
 from holdfast.simulation import Accumulator, Simulator, step_weights
 from holdfast.tasks import Classification
-from holdfast.training import evaluate, fit, minibatches
+from holdfast.training import Beside, evaluate, fit, minibatches
 
 
 class Narrow(nn.Module):
@@ -65,6 +70,31 @@ def test_other_errors_are_not_taken_for_it(original) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fit(model, minibatches(original.train, 13, 1, 0, runtime), F.cross_entropy, optimiser, runtime=runtime)
     assert model.seen == [13]
+
+
+def test_a_part_of_a_batch_has_the_same_part_of_the_other_beside_it(original) -> None:
+    """Seven of ours, in parts of 3, 3 and 1; beside them 14 or 3 of theirs, one at least."""
+    images, labels = torch.arange(7.0).view(7, 1), torch.arange(7)
+    for count, wanted in ((14, [(0, 6), (6, 12), (12, 14)]), (3, [(0, 1), (1, 2), (2, 3)])):
+        theirs = (torch.arange(float(count)).view(count, 1), torch.arange(count))
+        both = Beside([(images, labels)], iter([theirs]))
+        for _ in both:
+            for _ in range(2):  # once more, where memory ran out meanwhile
+                found = [both.of(part)[1].tolist() for part in labels.split(3)]
+                assert found == [list(range(*ends)) for ends in wanted]
+            assert both.of(labels)[0] is not None
+            assert torch.equal(both.of(labels)[1], theirs[1])
+
+
+@pytest.mark.parametrize("spec", [Lockout(batch_size=10, close=2), NTP(batch_size=10, steps=2)], ids=["lockout", "ntp"])
+def test_defences_that_look_at_both_domains_work_in_parts(spec, original, restricted, architecture, task) -> None:
+    runtime = Runtime("cpu", "float32")
+    runtime.micro.most = 3
+    given = Given(architecture.build(5), original, restricted.train, 5, architecture, task, runtime)
+    spec = replace(spec, iterations=1, check_every=1)
+    losses = spec.prepare(given).iterate(1, 1.0)
+    assert all(map(math.isfinite, losses.values()))
+    assert runtime.micro.most == 3
 
 
 @pytest.mark.parametrize("most", [3, 5, 19])

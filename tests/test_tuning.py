@@ -117,6 +117,23 @@ def test_what_cannot_be_searched_is_said_before_any_work(recipe: str, tmp_path: 
     assert Tuning([recipe], [parse_axis("defence.tolerance=0..1")], tmp_path).axes[0].whole is False
 
 
+def test_a_setting_that_the_network_refuses_is_passed_over(recipe: str, tmp_path: Path) -> None:
+    """Eight activations to close load, but the network has four."""
+    lockout = "defence={name: lockout, iterations: 1, steps: 1, check_every: 1, probe_steps: 1}"
+    result = Tuning([recipe], [parse_axis("defence.close=4,8")], tmp_path, changes=[lockout]).run(3)
+    assert {t["setting"]["defence.close"] for t in result["trials"]} == {"4"}
+    assert {r["defence.close"] for r in result["refused"]} == {"8"}
+
+
+def test_a_field_of_a_nested_stage_is_searched_like_any_other(recipe: str, tmp_path: Path) -> None:
+    lockout = "defence={name: lockout, sophon: {iterations: 90, inner_steps: 7}}"
+    axes = [parse_axis(f"defence.{n}") for n in ("sophon.iterations=50..200", "sophon.alpha=1e-4..1e-3", "close=2,4")]
+    search = Tuning([recipe], axes, tmp_path, changes=[lockout])
+    assert [a.whole for a in search.axes] == [True, False, False]
+    assert search.default() == {"defence.sophon.iterations": 90, "defence.sophon.alpha": 3e-4, "defence.close": "4"}
+    search.check()
+
+
 def test_a_setting_that_the_defence_refuses_is_passed_over(recipe: str, tmp_path: Path) -> None:
     """Both ends are allowed, and what lies between is not."""
     search = Tuning([recipe], [parse_axis("defence.iterations=2..8")], tmp_path)

@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.errors import unknown
 from holdfast.seeding import seeded
 from holdfast.training import Batch
 
 AUGMENTATIONS = ("none", "shift", "shift+flip")
+
+
+def check_augmentation(kind: str) -> None:
+    """`UserError` for one that there is not."""
+    if kind not in AUGMENTATIONS:
+        raise unknown("augmentation", kind, AUGMENTATIONS)
 
 
 def shifted(images: Tensor, most: int, flip: bool) -> Tensor:

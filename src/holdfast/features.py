@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
@@ -15,27 +16,58 @@ from holdfast.layers import WEIGHT_LAYERS, evaluating, executed_layers, run_orde
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 
 
-class Tap:
-    """Within `with Tap(model, layer) as tap:`, `tap.value` is what last went into the layer (or came out of it), with
-    its gradient history. An activation that works in place does not spoil it."""
+class Place:
+    """A module of a model, or one of its runs: `layer1.0.relu#1` is the second of those within a forward pass, where
+    one module serves several places."""
 
-    def __init__(self, model: nn.Module, layer: str, side: Literal["input", "output"] = "input") -> None:
-        self.module, self.side = model.get_submodule(layer), side
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.name, _, run = name.partition("#")
+        self.model, self.module, self.run = model, model.get_submodule(self.name), int(run) if run else None
+        self._at = -1
+
+    def hooks(
+        self, before: Callable[[Tensor], Tensor | None], after: Callable[[Tensor], None] | None = None
+    ) -> list[Any]:
+        """Hooks that show `before` what goes in, to be replaced by what it returns, and `after` what comes out; in this
+        run alone, where there is one."""
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            self._at += 1
+            found = before(args[0]) if self.run in (None, self._at) else None
+            return None if found is None else (found, *args[1:])
+
+        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+            if after is not None and self.run in (None, self._at):
+                after(output)
+
+        def begin(*_: Any) -> None:
+            self._at = -1
+
+        made = [self.module.register_forward_pre_hook(enter), self.module.register_forward_hook(leave)]
+        # A model that is no more than this module begins with it.
+        return made if self.module is self.model else [self.model.register_forward_pre_hook(begin), *made]
+
+
+class Tap:
+    """Within `with Tap(model, place) as tap:`, `tap.value` is what last went into the place (or came out of it), with
+    its gradient history; see `Place`. An activation that works in place does not spoil it."""
+
+    def __init__(self, model: nn.Module, place: str, side: Literal["input", "output"] = "input") -> None:
+        self.place, self.side = Place(model, place), side
         self._value: Tensor | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Tap:
-        if self.side == "input":
-            self._hook = self.module.register_forward_pre_hook(lambda _, args: self._keep(args[0]))
-        else:
-            self._hook = self.module.register_forward_hook(lambda _, __, output: self._keep(output))
+        kept = (self._keep, None) if self.side == "input" else (_nothing, self._keep)
+        self._hooks = self.place.hooks(*kept)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, value: Tensor) -> None:
-        self._value = value.clone() if getattr(self.module, "inplace", False) else value
+        self._value = value.clone() if getattr(self.place.module, "inplace", False) else value
 
     @property
     def value(self) -> Tensor:
@@ -45,12 +77,16 @@ class Tap:
         return self._value
 
 
-class Taps:
-    """Within `with Taps(model, layers) as taps:`, `taps.values` are what went into each of the layers at their last
-    run, in that order, with gradient history; see `Tap`."""
+def _nothing(_: Tensor) -> None:
+    return None
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._taps = [Tap(model, layer) for layer in layers]
+
+class Taps:
+    """Within `with Taps(model, places) as taps:`, `taps.values` are what last went into each of them, in that order,
+    with gradient history; see `Tap`."""
+
+    def __init__(self, model: nn.Module, places: Sequence[str]) -> None:
+        self._taps = [Tap(model, place) for place in places]
 
     def __enter__(self) -> Taps:
         for tap in self._taps:
@@ -74,12 +110,41 @@ CLOSED: Mapping[str, float] = MappingProxyType(
 )
 
 
-def activations(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the activation modules of `CLOSED`'s kinds in the order in which they (last) run on `example`."""
+def activations(model: nn.Module, examples: Tensor) -> dict[str, bool]:
+    """The places (`Place`) of the activation modules of `CLOSED`'s kinds, in the order in which they run on `examples`
+    (n ≥ 2), and whether their channels lie on the last axis: what a linear layer gave them. A run whose input does not
+    differ between examples is none, as that on the embedding of a timestep."""
     kinds = [n for n, m in model.named_modules() if type(m).__name__ in CLOSED]
     # StarReLU has a ReLU inside: the outer one is what can be closed.
-    outer = [n for n in kinds if not any(n.startswith(f"{other}.") for other in kinds if other)]
-    return run_order(model, outer, example)
+    outer = {n for n in kinds if not any(n.startswith(f"{other}.") for other in kinds if other)}
+    layers = {n for n, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS)}
+    runs = _runs(model, outer | layers, examples)
+    counts = Counter(name for name, _ in runs)
+    found, linear, at = {}, False, Counter[str]()
+    for name, value in runs:
+        if name in layers:
+            linear = isinstance(model.get_submodule(name), nn.Linear)
+            continue
+        place = f"{name}#{at[name]}" if counts[name] > 1 else name
+        at[name] += 1
+        if len(value) == len(examples) and (value != value[:1]).any():
+            found[place] = linear
+    return found
+
+
+def _runs(model: nn.Module, names: Collection[str], examples: Tensor) -> list[tuple[str, Tensor]]:
+    """Every run of these modules, in order, with what went in."""
+    found: list[tuple[str, Tensor]] = []
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda _, args, name=n: found.append((name, args[0].clone())))
+        for n in names
+    ]
+    try:
+        run_order(model, (), examples)  # which says in a line where a model does not run
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def depths(model: nn.Module, examples: Tensor) -> list[str]:
@@ -95,8 +160,8 @@ def depths(model: nn.Module, examples: Tensor) -> list[str]:
 
 
 def closed_at(model: nn.Module, activation: str) -> float:
-    """The pre-activation at which this activation module is closed; see `CLOSED`."""
-    return CLOSED[type(model.get_submodule(activation)).__name__]
+    """The pre-activation at which the activation of this place is closed; see `CLOSED`."""
+    return CLOSED[type(Place(model, activation).module).__name__]
 
 
 def rectified(model: nn.Module, example: Tensor) -> list[tuple[str, str | None]]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.adapters import add_adapters
-from holdfast.augmentation import AUGMENTATIONS, augmented
+from holdfast.augmentation import augmented, check_augmentation
 from holdfast.averaging import WeightAverage
 from holdfast.domains import ImageData
 from holdfast.errors import UserError, require, unknown
@@ -66,8 +66,7 @@ class FineTuning:
         if self.initialise not in INITIALISE:
             raise unknown("initialisation", self.initialise, INITIALISE)
         require(self.train in ("all", "head", "lora"), f"train must be all, head or lora, but got '{self.train}'")
-        if self.augment not in AUGMENTATIONS:
-            raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        check_augmentation(self.augment)
         require(0 <= self.ema < 1, f"ema must lie in [0, 1), but got {self.ema}")
         require(0 <= self.mixup <= 10, f"mixup must lie in [0, 10], but got {self.mixup}")
         if self.optimiser not in OPTIMISERS:

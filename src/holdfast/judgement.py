@@ -108,14 +108,15 @@ def strengths(trial: Trial, whole: Judgement) -> list[dict[str, Any]]:
     if outer is None or version != str(outer.version) or name in NARROW:
         return []
     every = {a.name: a for a in outer.attacks}
+    more = not every.keys() >= {m.name for m in trial.test}
     inner = [
         b
-        for b in BATTERIES.values()
-        if b is not outer and b.name not in NARROW and all(every.get(a.name) == a for a in b.attacks)
+        for b in sorted(BATTERIES.values(), key=lambda b: len(b.attacks))
+        if (more or b is not outer) and b.name not in NARROW and all(every.get(a.name) == a for a in b.attacks)
     ]
-    ordered = sorted(inner, key=lambda b: len(b.attacks))
-    found = [(b.title, judge(part)) for b in ordered if (part := trial.within(b)).test]
-    return [_strength(title, j) for title, j in (*found, (outer.title, whole))] if found else []
+    found = [(b.title, judge(part)) for b in inner if (part := trial.within(b)).test]
+    title = f"{outer.title} and the recipe's own" if more else outer.title
+    return [_strength(name, j) for name, j in (*found, (title, whole))] if found else []
 
 
 def _strength(title: str, found: Judgement) -> dict[str, Any]:

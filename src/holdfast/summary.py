@@ -103,18 +103,17 @@ def shuffled(
     test: Sequence[Measured], validation: Sequence[Measured], about: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float] | None:
     """How far weights of which nothing but the scales is left (the edit `shuffle`) are ahead of those from scratch
-    along the way, clean and protected, each under the attack that is best on validation data: a lead that is no
-    knowledge. None where no attack shuffles."""
+    along the way, clean and protected: a lead that is no knowledge. Of the attacks that shuffle each model takes the
+    one that is best on validation data, scratch too: others may bring what these do not, such as images. None where no
+    attack shuffles."""
     own = [i for i, m in enumerate(test) if _shuffles(about.get(m.name, {}))]
     if not own:
         return None
-    budget = [i for i, m in enumerate(test) if m.steps == test[own[0]].steps]
 
-    def best(model: str, among: Sequence[int]) -> float:
-        return area(test[max(among, key=lambda i: area(validation[i].mean(model)))].mean(model))
+    def best(model: str) -> float:
+        return area(test[max(own, key=lambda i: area(validation[i].mean(model)))].mean(model))
 
-    scratch = best("scratch", budget)
-    return {model: best(model, own) - scratch for model in ("clean", "protected")}
+    return {model: best(model) - best("scratch") for model in ("clean", "protected")}
 
 
 def _shuffles(known: Mapping[str, Any]) -> bool:

@@ -183,6 +183,29 @@ def minibatches(
         yield data.batch(chosen if within is None else within[chosen], runtime)
 
 
+class Beside:
+    """The batches `ours`, and with each one of `theirs`: where memory wants a batch worked on in parts, or once more,
+    a part of ours has the same part of theirs beside it. Which part it is its targets say, a view of the batch's."""
+
+    def __init__(self, ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
+        self._ours, self._theirs = ours, theirs
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, other in zip(self._ours, self._theirs, strict=False):
+            self._whole, self._other = batch[1], other
+            yield batch
+
+    def of(self, targets: Tensor) -> Batch:
+        """What stands beside the part of the batch that has these `targets`: all beside all, one sample at least."""
+        images, labels = self._other
+        count, first = len(self._whole), 0
+        if len(targets) < count:
+            first = int(targets.storage_offset() - self._whole.storage_offset()) // max(1, self._whole.stride(0))
+        start = first * len(images) // count
+        stop = max(start + 1, (first + len(targets)) * len(images) // count)
+        return images[start:stop], labels[start:stop]
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: ImageData, task: Task, runtime: Runtime, batch_size: int = 500

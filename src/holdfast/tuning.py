@@ -47,10 +47,12 @@ class Axis:
         """Whether the range is searched by its logarithm."""
         return self.low > 0 and self.high >= 10 * self.low
 
-    @property
-    def field(self) -> str:
-        """Its name in the defence."""
-        return self.key.removeprefix("defence.")
+    def within(self, defence: Mapping[str, Any]) -> Any:
+        """Its value in a defence's settings (`sophon.iterations` lies within `sophon`); None where there is none."""
+        found: Any = defence
+        for name in self.key.removeprefix("defence.").split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
 
     def suggest(self, trial: optuna.Trial) -> Any:
         """A value for this trial."""
@@ -122,7 +124,7 @@ class Tuning:
         names = self._names()
         require(len(set(names)) == len(names), f"two recipes are named alike: {', '.join(names)}")
         defence = self._load(self.recipes[0], {}).as_dict()["defence"]
-        self.axes = [replace(a, whole=type(defence.get(a.field)) is int and not a.choices) for a in self.axes]
+        self.axes = [replace(a, whole=type(a.within(defence)) is int and not a.choices) for a in self.axes]
 
     def _names(self) -> list[str]:
         return [_stem(r) for r in self.recipes]
@@ -144,7 +146,7 @@ class Tuning:
     def default(self) -> dict[str, Any]:
         """The recipe's own setting, the first to be tried, as far as it lies within the space."""
         defence = self._load(self.recipes[0], {}).as_dict()["defence"]
-        found = {a.key: a.own(defence.get(a.field)) for a in self.axes}
+        found = {a.key: a.own(a.within(defence)) for a in self.axes}
         return {n: v for n, v in found.items() if v is not None}
 
     def check(self) -> None:
@@ -184,6 +186,8 @@ class Tuning:
         finished = study.get_trials(deepcopy=False, states=(WORKED,))
         try:
             plans = self.plans(setting, finished[0].user_attrs["setting"] if finished else None)
+            for plan in plans:  # what the network refuses is found here, and nothing else is caught
+                check_comparison([plan])
         except UserError as error:
             if self.reporter:
                 self.reporter.say(f"passed over: {error}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from holdfast.augmentation import AUGMENTATIONS, augmented, shifted
+from holdfast.augmentation import augmented, check_augmentation, shifted
 from holdfast.collapse import between_images, hinge, log_spread_ratio, peak
 from holdfast.defences.base import (
     Engine,
@@ -29,7 +29,7 @@ from holdfast.defences.probing import Prober
 from holdfast.defences.reopening import Opened, Reopening
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import ImageData
-from holdfast.errors import require, unknown
+from holdfast.errors import require
 from holdfast.features import Taps
 from holdfast.finetuning import FineTuning, Initialise
 from holdfast.guard import Phase, Select
@@ -39,7 +39,7 @@ from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import fisher_ratio
 from holdfast.tasks import Task
-from holdfast.training import fit
+from holdfast.training import Beside, fit
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,12 @@ class Lockout(Guarded):
             self.sophon is None or self.sophon.update == "alternating",
             "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
         )
+        require(
+            self.sophon is None or not (self.sophon.repair or self.sophon.augment != "none"),
+            "sophon.repair and sophon.augment must be left alone within lockout: its own apply to both stages",
+        )
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
-        if self.augment not in AUGMENTATIONS:
-            raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        check_augmentation(self.augment)
         require_tolerance(self)
 
     def simulates(self, tuning: FineTuning, edits: Sequence[Any] = ()) -> bool:
@@ -124,6 +127,16 @@ class Lockout(Guarded):
         """As SOPHON, where it follows."""
         if self.sophon is not None:
             self.sophon.check_head(heads)
+
+    def require_fit(self, given: Given) -> None:
+        """As everywhere; and what recomputes a forward pass knows nothing of borrowed statistics or opened places."""
+        super().require_fit(given)
+        require(
+            not given.runtime.checkpointing or not (self.reopen or normalises_batches(given.model)),
+            "runtime.checkpointing recomputes forward passes without what lockout does in them (batch statistics that "
+            "are borrowed, places that are opened); set it to false, or take a network without batch normalisation and "
+            "reopen: 0",
+        )
 
     def check_classes(self, original: int, restricted: int) -> None:
         """As SOPHON, where it follows; with `answer` one head serves both domains."""
@@ -141,7 +154,7 @@ class Lockout(Guarded):
 
     def measure(self, given: Given, restricted: ImageData) -> Mapping[str, float]:
         """`leak`: the mean share of units behind the last activation that are open, on test images of both domains."""
-        last = activations_of(given)[-1:]
+        last = list(activations_of(given))[-1:]
         parts = {"restricted": restricted, "original": given.original.test}
         return {f"leak, {n}": open_share(given, d, a) for n, d in parts.items() for a in last}
 
@@ -165,7 +178,7 @@ class _Engine(Engine):
             f"close is {spec.close}, but the network runs {found} activation modules that can be closed",
         )
         self.reopening = (
-            Reopening(model, activations_of(given), self.places.depths, examples(given)) if spec.reopen else None
+            Reopening(model, list(activations_of(given)), self.places.depths, examples(given)) if spec.reopen else None
         )
         self.teacher = given.learner(len(given.original.classes)).eval().requires_grad_(False)
         load_state(self.teacher, model.state_dict())
@@ -213,6 +226,7 @@ class _Engine(Engine):
         ours = given.batches(given.original.train, spec.batch_size, "original", first, steps)
         ours = augmented(ours, spec.augment, 0.0, len(given.original.classes), derive(given.seed, "ours"), first)
         theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, steps)
+        both = Beside(ours, theirs)
         seen: dict[str, Tensor] = {}
         lent = Lent()
         draws = generator(given.seed, "reopen", first)  # its own: the same in every process, whatever its part is
@@ -222,7 +236,7 @@ class _Engine(Engine):
                 outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
             original = [between_images(v) for v in taps.values]
-            others, classes = next(theirs)
+            others, classes = both.of(labels)
             if spec.shift:
                 others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))
             found = self._restricted(taps, closed, lent, original, others, classes, opened)
@@ -234,7 +248,7 @@ class _Engine(Engine):
             Taps(model, self.places.closed) as closed,
             seeded(given.seed, "lockout", iteration),
         ):
-            result = fit(model, ours, lambda outputs, _: outputs, self.adam, runtime=given.runtime, forward=forward)
+            result = fit(model, both, lambda outputs, _: outputs, self.adam, runtime=given.runtime, forward=forward)
         values = {n: v.item() for n, v in seen.items()}
         return {"lockout": math.nan if result.diverged_at else result.loss, **values}
 

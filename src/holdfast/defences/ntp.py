@@ -27,7 +27,7 @@ from holdfast.pruning import ADMM, BUDGETS, Mask, keep_largest, prunable, soft_t
 from holdfast.seeding import seeded
 from holdfast.separation import fisher_ratio, mmd
 from holdfast.tasks import Task
-from holdfast.training import fit
+from holdfast.training import Beside, fit
 
 
 def ntp_loss(original: Tensor, restricted: Tensor, regulariser: Tensor, spec: NTP, strength: float = 1.0) -> Tensor:
@@ -157,12 +157,12 @@ class _Engine(Engine):
             group["lr"] = spec.lr * self._lr_factor(iteration)
         first = (iteration - 1) * spec.steps
         ours = given.batches(given.original.train, spec.batch_size, "original", first, spec.steps)
-        theirs = given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps)
+        both = Beside(ours, given.batches(given.restricted, spec.batch_size, "restricted", first, spec.steps))
         seen: dict[str, float] = {}
 
         def loss(outputs: Tensor, labels: Tensor) -> Tensor:
             kept, features = given.task.loss(outputs, labels), tap.value
-            images, others = next(theirs)
+            images, others = both.of(labels)
             with own_statistics(model), given.runtime.autocast():
                 answers = given.task.forward(model, images, others)
             term = self._regulariser(features, tap.value, others)
@@ -175,7 +175,7 @@ class _Engine(Engine):
         with given.tap() as tap, seeded(given.seed, "ntp", iteration):
             result = fit(
                 model,
-                ours,
+                both,
                 loss,
                 self.adam,
                 runtime=given.runtime,

@@ -23,7 +23,8 @@ class Places:
     layers but the first, see `features.depths`, and the `spared` after it. `UserError` where none are left."""
 
     def __init__(self, given: Given, close: int, spared: int = 0) -> None:
-        self.closed = activations_of(given)[-close:] if close else []
+        found = activations_of(given)
+        self.closed = list(found)[-close:] if close else []
         every = depths(given.model, examples(given))
         require(bool(every), "lockout needs a network of several layers, but there is one alone")
         self.depths = every[spared:]
@@ -32,13 +33,14 @@ class Places:
         )
         self.thresholds = [closed_at(given.model, name) for name in self.closed]
         values = _preactivations(given, self.closed)
-        self.units = [_by_channel(v).clamp(min=1e-3) for v in values]
+        last = [found[name] for name in self.closed]
+        self.units = [_by_channel(v, at_end).clamp(min=1e-3) for v, at_end in zip(values, last, strict=True)]
         self.scales = [between_images(v).clamp(min=1e-6) for v in values]
 
 
-def activations_of(given: Given) -> list[str]:
-    """The activation modules that can be closed, in the order in which they run."""
-    return activations(given.model, given.architecture.example().to(given.runtime.device))
+def activations_of(given: Given) -> dict[str, bool]:
+    """The activations that can be closed, in the order in which they run, and whether channels are their last axis."""
+    return activations(given.model, examples(given))
 
 
 @torch.no_grad()
@@ -65,10 +67,10 @@ def _preactivations(given: Given, names: list[str]) -> list[Tensor]:
     return taps.values
 
 
-def _by_channel(values: Tensor) -> Tensor:
-    """Deviation over images and places of each channel, shaped to be broadcast against `values`: (n, c, …), or of
-    tokens (n, t, c)."""
-    axis = values.ndim - 1 if values.ndim == 3 else 1
+def _by_channel(values: Tensor, last: bool) -> Tensor:
+    """Deviation over images and places of each channel, shaped to be broadcast against `values`: (n, c, …), or, with
+    the channels `last`, (n, …, c)."""
+    axis = values.ndim - 1 if last else 1
     others = tuple(i for i in range(values.ndim) if i != axis)
     return values.float().std(others, keepdim=True)
 
