@@ -52,9 +52,11 @@ def test_every_layer_of_every_model(bench: Bench) -> None:
     assert table["14"]["clean"]["mean"] > table["14"]["scratch"]["mean"] > 0.25
     known = {(r.model, r.attack, r.seed) for r in found if r.seed == 0}
     assert {r.seed for rows in measure_limits(bench, probes(bench), 2, known) for r in rows} == {1}
-    assert limit_curves(limits(found), 0.2, ACCURACY).startswith(b"\x89PNG")
-    words = limit({"limits": limits(found), "restricted": {"metric": "accuracy"}})
+    worst = {m: {"along_the_way": v} for m, v in (("protected", 0.45), ("clean", 0.7), ("scratch", 0.4))}
+    assert limit_curves(limits(found), worst, 0.2, ACCURACY).startswith(b"\x89PNG")
+    words = limit({"limits": limits(found), "restricted": {"metric": "accuracy", "worst_case": worst}})
     assert words.startswith("Probes on the protected model know −")
+    assert "+30.0 points beside scratch from the clean model, +5.0 from the protected one." in words
 
 
 def test_no_more_than_six_of_a_deep_network(bench: Bench) -> None:

@@ -29,9 +29,10 @@ def worst_case_curves(worst: Mapping[str, Any], chance: float, scale: Scale) -> 
     return png(figure)
 
 
-def limit_curves(limits: Sequence[Mapping[str, Any]], chance: float, scale: Scale) -> bytes:
+def limit_curves(limits: Sequence[Mapping[str, Any]], worst: Mapping[str, Any], chance: float, scale: Scale) -> bytes:
     """What a probe on each layer's input knows: clean, protected, random weights. The room between clean and random is
-    what a defence can take away."""
+    what a defence can take away; the lines across are what fine-tuning makes of each in the worst case, along the
+    way."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     places = list(range(len(limits)))
@@ -39,10 +40,12 @@ def limit_curves(limits: Sequence[Mapping[str, Any]], chance: float, scale: Scal
         means, spread = ([found[model][n] for found in limits] for n in ("mean", "deviation"))
         label = "random weights" if model == "scratch" else LABELS[model]
         band(axes, places, means, spread, scale, label, **style)
+        tuned = scale.plotted(worst[model]["along_the_way"])
+        axes.axhline(tuned, color=style["color"], linestyle=":", linewidth=1.4, label=f"{LABELS[model]}, fine-tuned")
     metric_axis(axes, scale, "restricted", chance)
     axes.set_xticks(places, [str(found["layer"]) for found in limits], rotation=30, ha="right", fontsize=8)
-    axes.set_xlabel("a probe on the input of this layer, first to last")
-    axes.legend(loc="best", fontsize=9, frameon=False)
+    axes.set_xlabel("a probe on the input of this layer, first to last; dotted: the worst case, along the way")
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return png(figure)
 
 

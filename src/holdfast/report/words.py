@@ -214,7 +214,14 @@ def limit(summary: dict[str, Any]) -> str:
         else f"Probes on the protected model know {scale.difference(kept)} {scale.unit} beside random weights on "
         f"average over {len(found)} layers, on the clean one {scale.difference(room)}"
     )
-    return f"{said}. Most is left at the input of {ahead['layer']}: {scale.difference(most)} {scale.unit}."
+    most_said = f"Most is left at the input of {ahead['layer']}: {scale.difference(most)} {scale.unit}"
+    worst = summary["restricted"]["worst_case"]
+    gain = {m: worst[m]["along_the_way"] - worst["scratch"]["along_the_way"] for m in ("clean", "protected")}
+    return (
+        f"{said}. {most_said}. What attackers who fine-tune make of it, along the way in the worst case: "
+        f"{scale.difference(gain['clean'])} {scale.unit} beside scratch from the clean model, "
+        f"{scale.difference(gain['protected'])} from the protected one."
+    )
 
 
 def _intactness(found: dict[str, Any] | None, scale: Scale) -> list[str]:
