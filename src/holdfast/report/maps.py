@@ -33,7 +33,7 @@ def limit_curves(limits: Sequence[Mapping[str, Any]], worst: Mapping[str, Any], 
     """What a probe on each layer's input knows: clean, protected, random weights. The room between clean and random is
     what a defence can take away; the lines across are what fine-tuning makes of each in the worst case, along the
     way."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.2, 4.4), layout="constrained")
     axes = figure.subplots()
     places = list(range(len(limits)))
     for model, style in STYLE.items():
@@ -44,7 +44,9 @@ def limit_curves(limits: Sequence[Mapping[str, Any]], worst: Mapping[str, Any], 
         axes.axhline(tuned, color=style["color"], linestyle=":", linewidth=1.4, label=f"{LABELS[model]}, fine-tuned")
     metric_axis(axes, scale, "restricted", chance)
     axes.set_xticks(places, [str(found["layer"]) for found in limits], rotation=30, ha="right", fontsize=8)
-    axes.set_xlabel("a probe on the input of this layer, first to last; dotted: the worst case, along the way")
+    axes.set_xlabel(
+        "a probe on the input of this layer, first to last\ndotted: the worst case of fine-tuning, along the way"
+    )
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return png(figure)
 

@@ -100,11 +100,8 @@ def _draw(
         "worst-case": maps.worst_case_curves(restricted["worst_case"], chance, scale),
         "heat-seeds": maps.heat_over_seeds(restricted["attacks"], scale),
     }
-    drawn |= (
-        {"limits": maps.limit_curves(summary["limits"], restricted["worst_case"], chance, scale)}
-        if summary["limits"]
-        else {}
-    )
+    if summary["limits"]:
+        drawn["limits"] = maps.limit_curves(summary["limits"], restricted["worst_case"], chance, scale)
     rates = maps.heat_over_rates(searches, scale)
     drawn |= {"heat-rates": rates} if rates else {}
     drawn |= {"slc": maps.data_curves(restricted["slc"], chance, scale)} if restricted["slc"] else {}
