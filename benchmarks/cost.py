@@ -1,10 +1,10 @@
 """What protecting costs, preset beside preset: `python benchmarks/cost.py lockout/mnist-usps --presets lockout,sophon`.
 
 Each preset is measured `--repeats` times, in turn, each time in a process of its own: `--warmup` iterations of its
-engine, then `--iterations` that count, spread over all stages, and one check (running statistics, both measurements). `seconds` are those of a
-whole protection: mean iteration × iterations + check × checks, without the checks that a breach repeats; `mb` is the
-process's resident memory at the peak (a GPU's, where one is used), data and both models included. The model is
-untrained: the time is the same. `against` are the medians ÷ the last preset's.
+engine, then `--iterations` that count, spread over all stages, and one check (running statistics, both measurements).
+`seconds` are those of a whole protection: mean iteration × iterations + check × checks, without the checks that a
+breach repeats; `mb` is the process's resident memory at the peak (a GPU's, where one is used), data and both models
+included. The model is untrained: the time is the same. `against` are the medians ÷ the last preset's.
 """
 
 from __future__ import annotations
