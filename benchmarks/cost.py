@@ -14,11 +14,10 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from protection import seconds  # the script beside this one
 
 from holdfast.inputs import Inputs
 from holdfast.recipes import load_recipe
@@ -39,14 +38,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             engine.iterate(i, 1.0)
         share = engine.length / arguments.iterations  # the middle of each: stages count by their length
         counted = [1 + int((i + 0.5) * share) for i in range(arguments.iterations)]
-        times = [_seconds(lambda i=i: engine.iterate(i, 1.0), runtime.device) for i in counted]
+        times = [seconds(lambda i=i: engine.iterate(i, 1.0), runtime.device) for i in counted]
 
         def check() -> None:
             given.settle(1, engine.settling)
             given.original_metric()
             engine.restricted_metric()
 
-        once = _seconds(check, runtime.device)
+        once = seconds(check, runtime.device)
     checks = engine.length // spec.check_every  # type: ignore[attr-defined]
     iteration = sum(times) / len(times)
     return {
@@ -57,14 +56,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         "seconds": iteration * engine.length + once * checks,
         "mb": peak_memory_mb(runtime.device),
     }
-
-
-def _seconds(work: Any, device: str) -> float:
-    started = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _apart(arguments: argparse.Namespace, preset: str) -> dict[str, float]:

@@ -95,6 +95,7 @@ def undone(
                 "without": without.name,
                 "gain": gain,
                 "measured": ("at the end", "along the way")[which],
+                **{model: strength(best, model, which) for model in ("protected", "scratch")},
             }
     return None
 

@@ -123,7 +123,8 @@ def _undone(found: dict[str, Any] | None, scale: Scale) -> list[str]:
     edits = " and ".join(found["edits"])
     return [
         f"What undoes it: {edits}. {found['attack']} does {scale.amount(found['gain'])} better {found['measured']} "
-        f"than the same without ({found['without']}), beyond what that gives the clean model."
+        f"than the same without ({found['without']}), beyond what that gives the clean model: "
+        f"{scale.shown(found['protected'])}, where it takes a model from scratch to {scale.shown(found['scratch'])}."
     ]
 
 
