@@ -429,8 +429,34 @@ def test_intactness_is_a_constraint_once_the_rate_has_halved(original, restricte
     assert Lockout(iterations=1, close=2).engine(given).phase(1) == "candidate", "something has to be released"
 
 
+def test_strength_is_what_the_guard_would_have_to_weaken_it_to(
+    original, restricted, task, runtime, clean_state
+) -> None:
+    """Both stages: half of everything by the field, or by the guard, is the same half."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    second = Sophon(adversaries=1, inner_steps=2, inner_batch_size=(20,), iterations=1, ntr_loops=1)
+    found = []
+    for own, guard in ((0.5, 1.0), (1.0, 0.5), (1.0, 1.0)):
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        spec = Lockout(iterations=1, steps=2, close=2, batch_size=20, strength=own, sophon=second)
+        engine = spec.prepare(Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime))
+        for iteration in (1, 2):
+            engine.iterate(iteration, guard)
+        found.append(state_of(model)["0.weight"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_bad_values_are_one_line(original, restricted, architecture, task, runtime) -> None:
-    for field, value in (("hinge", -1.0), ("repair", 0.0), ("close", -1), ("batch_size", 1), ("tolerance", 1.0)):
+    for field, value in (
+        ("hinge", -1.0),
+        ("repair", 0.0),
+        ("close", -1),
+        ("batch_size", 1),
+        ("tolerance", 1.0),
+        ("strength", 0.0),
+    ):
         with pytest.raises(UserError, match=field):
             replace(Lockout(), **{field: value})
     with pytest.raises(UserError, match="unknown augmentation 'flip'"):

@@ -57,10 +57,9 @@ class Lockout(Guarded):
 
     each Σ a mean over its layers; r̃_l is r_l while what goes into activation k, another one in each step, spreads as
     original images do there (`collapse.reopened`); H is `collapse.hinge`, V `collapse.between_images`, F
-    `separation.fisher_ratio`, L_α the task's suppression loss, s what the guard allows. Restricted images pass with the
-    batch statistics of the original ones (`normalisation.Lent`), as they will when the model is used or its layers are
-    frozen, and with their own, as when it is trained; the latter cannot be closed, a normalised channel has both signs,
-    but collapsed.
+    `separation.fisher_ratio`, L_α the task's suppression loss, s what the guard allows times `strength`. Restricted
+    images pass with the batch statistics of the original ones (`normalisation.Lent`), as when the model is used or its
+    layers are frozen, and with their own, as when it is trained: then they can be made alike, not closed.
     """
 
     close: int = 4  # activations, counted from the last, whose units are closed and made alike
@@ -75,6 +74,7 @@ class Lockout(Guarded):
     fisher: float = 0.0
     answer: float = 0.0
     distillation: float = 2.0
+    strength: float = 1.0  # the one number that chooses between more protection and more of the original
     iterations: int = 120
     steps: int = 20  # of Adam an iteration
     lr: float = 1e-3
@@ -96,6 +96,7 @@ class Lockout(Guarded):
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         for name in ("close", "spared"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
+        require(0 < self.strength <= 10, f"strength must lie in (0, 10], but got {self.strength}")
         weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "reopen", "fisher", "answer", "distillation")
         for name in weights:
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
@@ -208,6 +209,7 @@ class _Engine(Engine):
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
         """`steps` steps of Adam; in the second stage one of SOPHON's iterations, with such steps for reinforcement."""
         spec, simulation, rate = self.spec, self.simulation, self._rate(iteration)
+        strength *= spec.strength
         if simulation is None or iteration <= spec.iterations:
             found = self._train((iteration - 1) * spec.steps, spec.steps, spec.lr * rate, iteration, strength)
         else:
