@@ -15,7 +15,7 @@ from holdfast.defences.reopening import ENOUGH, Reopening, altered
 from holdfast.defences.sophon import Sophon
 from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
-from holdfast.features import Place, Taps, activations, closed_at, depths
+from holdfast.features import Place, Tap, Taps, activations, closed_at, depths
 from holdfast.finetuning import FineTuning
 from holdfast.models import Architecture, state_of
 from holdfast.normalisation import Lent
@@ -152,6 +152,22 @@ def test_an_activation_module_that_serves_several_places_is_several() -> None:
     with altered(Place(model, "act#1"), lambda z: z * 0 + 5.0):
         torch.testing.assert_close(model(x), torch.full((2, 3), 7.0))
     torch.testing.assert_close(model(x), model.second(first.relu()).relu() + 2)
+
+
+def test_a_tap_on_what_comes_out_does_not_ask_for_what_goes_in() -> None:
+    """A module that is called by names alone has no positional input."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    model = Named()
+    with Tap(model, "inner", "output") as tap:
+        assert torch.equal(model(torch.ones(1, 2)), tap.value)
 
 
 NETWORKS = {

@@ -26,14 +26,16 @@ class Place:
         self._at = -1
 
     def hooks(
-        self, before: Callable[[Tensor], Tensor | None], after: Callable[[Tensor], None] | None = None
+        self,
+        before: Callable[[Tensor], Tensor | None] | None = None,
+        after: Callable[[Tensor], None] | None = None,
     ) -> list[Any]:
         """Hooks that show `before` what goes in, to be replaced by what it returns, and `after` what comes out; in this
         run alone, where there is one."""
 
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             self._at += 1
-            found = before(args[0]) if self.run in (None, self._at) else None
+            found = before(args[0]) if before is not None and self.run in (None, self._at) else None
             return None if found is None else (found, *args[1:])
 
         def leave(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -43,9 +45,10 @@ class Place:
         def begin(*_: Any) -> None:
             self._at = -1
 
-        made = [self.module.register_forward_pre_hook(enter), self.module.register_forward_hook(leave)]
-        # A model that is no more than this module begins with it.
-        return made if self.module is self.model else [self.model.register_forward_pre_hook(begin), *made]
+        made = [self.model.register_forward_pre_hook(begin)] if self.run is not None else []
+        if before is not None or self.run is not None:
+            made.append(self.module.register_forward_pre_hook(enter))
+        return made if after is None else [*made, self.module.register_forward_hook(leave)]
 
 
 class Tap:
@@ -58,8 +61,7 @@ class Tap:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Tap:
-        kept = (self._keep, None) if self.side == "input" else (_nothing, self._keep)
-        self._hooks = self.place.hooks(*kept)
+        self._hooks = self.place.hooks(**{"before" if self.side == "input" else "after": self._keep})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
@@ -75,10 +77,6 @@ class Tap:
         if self._value is None:
             raise ValueError("the tapped layer has not run")
         return self._value
-
-
-def _nothing(_: Tensor) -> None:
-    return None
 
 
 class Taps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.attacks.batteries import BATTERIES, Battery
@@ -16,6 +16,12 @@ from holdfast.scales import Scale
 from holdfast.statistics import deviation, limits_of, mean, paired
 
 NARROW = ("own", "slc")  # no battery that a claim could face
+
+
+def left_out_of(facts: Mapping[str, Any]) -> Mapping[str, str]:
+    """Attacks that were not run, and why (a list of names in audits of older versions). `facts`: as `Trial`'s."""
+    found = facts.get("left_out") or {}
+    return found if isinstance(found, Mapping) else dict.fromkeys(found, "other number of classes")
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,18 @@ class Trial:
         found: Mapping[str, Any] = self.facts.get("attacks", {})
         return found
 
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """Attacks that were not run, and why (a list of names in audits of older versions)."""
-        found = self.facts.get("left_out", {})
-        return found if isinstance(found, Mapping) else dict.fromkeys(found, "other number of classes")
-
     def within(self, inner: Battery) -> Trial:
         """The same audit, had it been one by `inner` alone."""
         names = {a.name for a in inner.attacks}
         keep = [i for i, m in enumerate(self.test) if m.name in names]
-        left_out = {n: why for n, why in self.left_out.items() if n in names}
-        return Trial(
-            [self.test[i] for i in keep],
-            [self.validation[i] for i in keep],
-            [s for s in self.searches if names.intersection(s.attacks)],
-            [d for d in self.diverged if d[0] in names],
-            self.intactness,
-            {**self.facts, "battery": inner.title, "left_out": left_out},
-            self.chance,
-            self.scale,
+        left_out = {n: why for n, why in left_out_of(self.facts).items() if n in names}
+        return replace(
+            self,
+            test=[self.test[i] for i in keep],
+            validation=[self.validation[i] for i in keep],
+            searches=[s for s in self.searches if names.intersection(s.attacks)],
+            diverged=[d for d in self.diverged if d[0] in names],
+            facts={**self.facts, "battery": inner.title, "left_out": left_out},
         )
 
 
@@ -88,7 +86,7 @@ def judge(trial: Trial) -> Judgement:
             [f"{attack} ({model})" for attack, model in trial.diverged],
             trial.intactness,
             about,
-            trial.left_out,
+            left_out_of(trial.facts),
             worst.along("clean") - worst.along("scratch"),
             bool(trial.facts.get("foreign")),
             str(trial.facts.get("battery", "")),

@@ -186,7 +186,7 @@ class Tuning:
         finished = study.get_trials(deepcopy=False, states=(WORKED,))
         try:
             plans = self.plans(setting, finished[0].user_attrs["setting"] if finished else None)
-            for plan in plans:  # what the network refuses is found here, and nothing else is caught
+            for plan in plans:  # a network may refuse what the recipe's check lets pass
                 check_comparison([plan])
         except UserError as error:
             if self.reporter:

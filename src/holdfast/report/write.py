@@ -14,6 +14,7 @@ from holdfast.diffusion.exhibits import distances_table, read_exhibits
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
 from holdfast.intactness import costs
+from holdfast.judgement import left_out_of
 from holdfast.measured import measured
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report import figures, maps
@@ -124,12 +125,6 @@ def _draw(
     return paths
 
 
-def _left_out(provenance: dict[str, Any]) -> dict[str, str]:
-    """Attacks that were not run, and why (a list of names in audits of older versions)."""
-    found = provenance.get("left_out") or {}
-    return found if isinstance(found, dict) else dict.fromkeys(found, "other number of classes")
-
-
 def _simulated(foreign: bool) -> Callable[[dict[str, Any]], str]:
     """Whether the defence trained against an attack, in a word; of somebody else's nothing is known."""
     return lambda attack: "unknown" if foreign else "yes" if attack["simulated"] else "no"
@@ -165,12 +160,12 @@ def _context(
         "rows": rows,
         "tables": list(tables.items()),
         "conclusion": conclusion(summary),
-        "weaknesses": weaknesses(summary, _left_out(facts["provenance"]), facts["provenance"]["battery"]),
+        "weaknesses": weaknesses(summary, left_out_of(facts["provenance"]), facts["provenance"]["battery"]),
         "limit_words": limit(summary),
         "costs": costs(summary["intactness"] or {}),
         "panels": PANELS,
         "needs": sorted({n for a in summary["restricted"]["attacks"] for n in a["needs"]}),
-        "left_out": _left_out(facts["provenance"]),
+        "left_out": left_out_of(facts["provenance"]),
         "recipe": facts["manifest"]["recipe"],
         "fingerprint": facts["manifest"]["fingerprint"],
         "provenance": facts["provenance"],
