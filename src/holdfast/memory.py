@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ class MicroBatches:
             size = min(len(targets), self.most or len(targets))
             try:
                 return self._parts(inputs, targets, work, size)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 said = str(error).split("\n")[0]
@@ -61,5 +62,12 @@ class MicroBatches:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of torch, on a GPU or a CPU, has said no."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocator has said no: torch's, on a GPU or a CPU, Python's (C++'s too) or oneDNN's.
+
+    oneDNN makes a primitive after it has found one that fits the operands ("primitive descriptor"): what can still
+    fail then is the memory for its code and its scratch space.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return "can't allocate memory" in said or bool(re.search(r"could not (create|execute) a primitive(?! desc)", said))
