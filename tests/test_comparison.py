@@ -154,6 +154,12 @@ def test_every_preset_may_have_a_sweep_of_its_own(several: Path, tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("change", ["defence.name=lockout", "defence=lockout"])
+def test_a_defence_runs_under_its_own_name(several: Path, tmp_path: Path, change: str) -> None:
+    with pytest.raises(UserError, match="each preset of a comparison names its own defence"):
+        plan_comparison(several, [], [change], 1, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [

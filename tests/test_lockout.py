@@ -484,7 +484,7 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
     with pytest.raises(UserError, match="needs a head for the restricted classes too"):
         Lockout(answer=1.0).check_classes(5, 6)
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
-    with pytest.raises(UserError, match="close is 9, but the network runs 4"):
+    with pytest.raises(UserError, match=r"close is 9, but the network runs 4 .*; set defence\.close to 4$"):
         Lockout(close=9).check(given)
     with pytest.raises(UserError, match="spared is 4, but the network has 4 weight layers after the first"):
         Lockout(spared=4).check(given)

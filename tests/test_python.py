@@ -11,6 +11,7 @@ import holdfast
 from holdfast.bundle import Bundle, load_bundle
 from holdfast.domains import public_name
 from holdfast.errors import UserError
+from holdfast.guard import History
 from holdfast.models import save_weights, state_of
 from holdfast.recipes import parse_recipe
 
@@ -55,6 +56,16 @@ def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
     assert "factory=..." in card
     with pytest.raises(UserError, match="give your own"):
         holdfast.load_model(tmp_path / "run" / "bundle")
+
+
+def test_the_example_with_tensors_of_ones_own() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "defences" / "lockout.md").read_text()
+    found: dict[str, object] = {}
+    exec(page.split("```python\n")[1].split("```")[0], found)
+    history = found["history"]
+    assert isinstance(history, History)
+    assert [c["iteration"] for c in history.checks] == [0, 3, 6]
+    assert all(p.isfinite().all() for p in found["model"].parameters())
 
 
 def test_other_numbers_of_classes(tmp_path: Path, tiny_recipe) -> None:

@@ -11,12 +11,13 @@ import pytest
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import BATTERIES
 from holdfast.audit import BENIGN, AuditFiles
+from holdfast.checks import HELPS
 from holdfast.files import write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import attack_facts
 from holdfast.intactness import ORIGINAL
 from holdfast.records import Record, RecordFile, SearchRecord
-from holdfast.report.words import conclusion, percent, ratio
+from holdfast.report.words import conclusion, cost, headlines, percent, ratio
 from holdfast.report.write import write_report
 from holdfast.summary import summarise
 
@@ -108,7 +109,22 @@ def test_an_audit_that_teaches_nobody_anything_proves_nothing() -> None:
     assert s["verdict"] != "held"
     assert conclusion(s)[0].startswith("This audit shows nothing")
     failing = {c["name"] for c in s["checks"] if not c["passed"]}
-    assert {"the clean model learns", "the model from scratch learns", "pre-training helps the attacker"} <= failing
+    assert {"the clean model learns", "the model from scratch learns", HELPS} <= failing
+
+
+def test_a_pair_on_which_pre_training_is_worth_nothing_shows_nothing() -> None:
+    level = {"direct+all": {"protected": (0.1, 0.5, 0.7), "clean": (0.1, 0.6, 0.8), "scratch": (0.1, 0.6, 0.8)}}
+    s = summarise(records(3, level), 0.1, COST)
+    assert HELPS in {c["name"] for c in s["checks"] if not c["passed"]}
+    assert conclusion(s)[0].endswith("no more than training from scratch: the pair says nothing of a defence.")
+    assert "says nothing" not in conclusion(summarise(records(), 0.1, COST))[0]
+
+
+def test_a_cost_ratio_is_of_one_attack() -> None:
+    s = summarise(records(), 0.1, COST)
+    lead = s["restricted"]["attacks"][0]
+    assert headlines(s)[-1].startswith(f"cost ratio   {cost(lead)}   (under {lead['name']}: steps to reach")
+    assert cost({**lead, "scratch_learns": False}) == "scratch does not learn by it"
 
 
 def test_divergence_is_flagged() -> None:

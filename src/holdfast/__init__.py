@@ -3,7 +3,13 @@
 from holdfast.attacks.attack import Attack, Search
 from holdfast.attacks.batteries import battery
 from holdfast.audit import AuditSpec
+from holdfast.defences.lockout import Lockout
+from holdfast.defences.ntl import NTL
+from holdfast.defences.ntp import NTP
+from holdfast.defences.reverse_maml import ReverseMAML
+from holdfast.defences.skd import SKD
 from holdfast.defences.sophon import Sophon
+from holdfast.defences.unsir import UNSIR
 from holdfast.domains import DomainSpec, load_domain
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
@@ -16,12 +22,18 @@ from holdfast.training import evaluate, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "NTL",
+    "NTP",
+    "SKD",
+    "UNSIR",
     "Architecture",
     "Attack",
     "AuditSpec",
     "DomainSpec",
     "FineTuning",
+    "Lockout",
     "Recipe",
+    "ReverseMAML",
     "Search",
     "Sophon",
     "UserError",

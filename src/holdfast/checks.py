@@ -14,6 +14,7 @@ from holdfast.scales import ACCURACY, Scale
 from holdfast.statistics import interval, mean, paired
 
 ENOUGH_SEEDS = 3
+HELPS = "pre-training helps the attacker"  # the check without which a pair shows nothing
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _learning(seen: Evidence) -> list[Check]:
         Check("the clean model learns", best["clean"] - seen.chance >= scale.learns, shown["clean"] + nothing),
         Check("the model from scratch learns", best["scratch"] - seen.chance >= scale.learns, shown["scratch"]),
         Check(
-            "pre-training helps the attacker",
+            HELPS,
             ahead,
             f"the best attacks on the clean model are {scale.amount(seen.ahead)} ahead of scratch's along the way"
             if ahead

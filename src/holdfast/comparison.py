@@ -66,6 +66,11 @@ def plan_comparison(
         not any(c.strip().startswith("seed=") for c in changes),
         "a comparison has the seeds 0 … n − 1; give --seeds N instead of seed=…",
     )
+    require(
+        not any(c.partition("=")[0].strip() in ("defence", "defence.name") for c in changes),
+        "each preset of a comparison names its own defence: choose by --presets, or add a preset to the recipe; "
+        "defence.name=… would run one defence under the names of others",
+    )
     plans = []
     swept = _sweeps(sweeps, chosen)
     named = [(f"{p}{label}", p, extra) for p in chosen for label, extra in swept[p]]

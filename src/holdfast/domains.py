@@ -78,7 +78,8 @@ class Domain:
         first, second = [o[: (len(o) + 1) // 2] for o in order], [o[(len(o) + 1) // 2 :] for o in order]
         require(
             all(len(s) for s in first + second),
-            f"{self.name}: every class needs at least 2 training images, one for each half",
+            f"{self.name}: every class needs at least 2 training images, one for each half"
+            + (f" ({self.dropped} images that occur twice in the domain were left out)" if self.dropped else ""),
         )
         return self.train.subset(torch.cat(first)), self.train.subset(torch.cat(second))
 

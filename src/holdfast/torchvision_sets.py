@@ -61,7 +61,10 @@ def open_torchvision(name: str) -> Source:
             with one_at_a_time(root / ".lock"):  # torchvision writes straight to where others would read
                 parts.append(getattr(tv, cls)(root=str(root), download=True, **kwargs))
         except Exception as error:  # no network, checksum, missing reader package: one line for all
-            raise UserError(f"cannot get {cls} from torchvision: {one_line(error, 160)}") from error
+            raise UserError(
+                f"cannot get {cls} from torchvision: {one_line(error, 160)} (a folder of Parquet sets in HOLDFAST_DATA "
+                "needs no download)"
+            ) from error
     splits = [_torchvision_split(p, name, attribute) if p is not None else None for p in parts]
     train = splits[0]
     classes = ("no", "yes") if cls == "CelebA" else getattr(parts[0], "classes", None)

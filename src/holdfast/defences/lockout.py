@@ -176,7 +176,8 @@ class _Engine(Engine):
         found = len(self.places.closed)
         require(
             found == spec.close or not (spec.hinge or spec.flat),
-            f"close is {spec.close}, but the network runs {found} activation modules that can be closed",
+            f"close is {spec.close}, but the network runs {found} activation modules that can be closed (what calls "
+            f"torch.relu is not seen); set defence.close to {found}" + ("" if found else ", without hinge and flat"),
         )
         self.reopening = (
             Reopening(model, list(activations_of(given)), self.places.depths, examples(given)) if spec.reopen else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.audit import PAPER_DEFAULT
+from holdfast.checks import HELPS
 from holdfast.scales import Scale, scale_of
 from holdfast.statistics import mean
 from holdfast.summary import standing
@@ -33,7 +34,7 @@ INTACT = 0.9  # below this share of its original metric a model counts as spoilt
 
 def cost(attack: dict[str, Any]) -> str:
     """The cost ratio of an attack, or why there is none."""
-    return ratio(attack["cost_ratio"]) if attack["scratch_learns"] else "scratch does not learn"
+    return ratio(attack["cost_ratio"]) if attack["scratch_learns"] else "scratch does not learn by it"
 
 
 def headlines(summary: dict[str, Any]) -> list[str]:
@@ -53,7 +54,8 @@ def headlines(summary: dict[str, Any]) -> list[str]:
         f"worst case   protected {scale.shown(worst['protected']['final'])}, clean "
         f"{scale.shown(worst['clean']['final'])}, from scratch {scale.shown(worst['scratch']['final'])}, each at its "
         f"best; protected under {restricted['worst']}",
-        f"cost ratio   {cost(lead)}   (steps to reach from-scratch {scale.name} ÷ from scratch's own)",
+        f"cost ratio   {cost(lead)}   (under {lead['name']}: steps to reach from-scratch {scale.name} ÷ from scratch's "
+        "own)",
     ]
 
 
@@ -278,4 +280,7 @@ def _released(summary: dict[str, Any]) -> list[str]:
 def _explain(summary: dict[str, Any]) -> str:
     if all(a["verdict"] == "inconclusive" for a in summary["restricted"]["attacks"]):
         return "This audit shows nothing: no attack trains the unprotected model either. Give it more steps or data."
-    return EXPLAINED[summary["verdict"]]
+    said = EXPLAINED[summary["verdict"]]
+    if any(c["name"] == HELPS and not c["passed"] for c in summary["checks"]):
+        said += " But unprotected ones bring no more than training from scratch: the pair says nothing of a defence."
+    return said
