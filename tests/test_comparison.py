@@ -233,14 +233,14 @@ def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) 
         plan_comparison(several, [], ["seed=7"], 1, tmp_path)
     plans = plan_comparison(several, [], [], 1, tmp_path)
     assert column_attack(plans) == "plain"
-    with pytest.raises(UserError, match="no attack 'planes' in this comparison; valid: plain, searched"):
+    with pytest.raises(UserError, match=r"unknown attack of this comparison 'planes'.*; valid: plain, searched"):
         check_comparison(plans, "planes")
     check_comparison(plans, "plain")
     wrong = plan_comparison(several, [], ["original.data=digits[0-3]"], 1, tmp_path)
     with pytest.raises(UserError, match="preset ntl: head and classes do not agree"):
         check_comparison(wrong)
     assert not (tmp_path / "seed-0").exists(), "before any work"
-    with pytest.raises(UserError, match="no attack 'nothing'"):
+    with pytest.raises(UserError, match="unknown attack of this comparison 'nothing'"):
         write_comparison(
             tmp_path, {"identity": [json.loads((compared / "seed-0/identity/summary.json").read_text())]}, "nothing"
         )

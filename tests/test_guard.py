@@ -1,5 +1,6 @@
 """Intactness: breaches go back, optimisers included; the best state within tolerance is what is released."""
 
+import io
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 from holdfast.errors import UserError
 from holdfast.files import load_torch
 from holdfast.guard import Guard, run_guarded
+from holdfast.progress import Reporter
 from holdfast.workplace import Workplace
 
 
@@ -225,3 +227,15 @@ class TestPhases:
         assert history.released == 2
         assert bench.weight() == pytest.approx(0.01)
         assert self.run([0.05, -0.04, 0.5], ["candidate"] * 3)[1].released == 1
+
+
+def test_a_log_has_each_line_once() -> None:
+    stream = io.StringIO()
+    with Reporter(stream=stream).bar("work", 3) as bar:
+        bar.every = 0.0
+        bar.update(2, "begun")
+        bar.update(3, "ended")
+    assert stream.getvalue().splitlines() == ["work: 2/3 · begun", "work: 3/3 · ended"]
+    with Reporter(stream=stream).bar("more", 3) as bar:
+        bar.update(2, lambda: "asked at the end")
+    assert stream.getvalue().splitlines()[2:] == ["more: 2/3 · asked at the end"]

@@ -9,7 +9,7 @@ from holdfast.comparison import presets_of
 from holdfast.defences.ntp import NTP
 from holdfast.defences.registry import Identity
 from holdfast.defences.sophon import Sophon
-from holdfast.errors import UserError
+from holdfast.errors import UserError, unknown
 from holdfast.recipes import apply_changes, list_recipes, load_recipe, parse_recipe
 
 MINIMAL = {"original": "digits[0-4]", "restricted": "digits[5-9]"}
@@ -142,3 +142,12 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: !!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="is not YAML"):
         load_recipe(tmp_path / "c.yaml")
+
+
+def test_a_long_table_is_not_read_out_in_an_error() -> None:
+    names = [f"attack {i:02d}" for i in range(53)]
+    said = str(unknown("attack", "atack 07", names))
+    assert said.startswith("unknown attack 'atack 07' (did you mean 'attack 07'?); valid: attack 07, ")
+    assert said.endswith(" and 41 more")
+    assert said.count("attack ") == 1 + 1 + 12
+    assert str(unknown("attack", "x", names[:3])).endswith("valid: attack 00, attack 01, attack 02")

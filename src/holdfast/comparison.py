@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.defences.registry import Identity
 from holdfast.distributed import current
-from holdfast.errors import UserError, require
+from holdfast.errors import UserError, require, unknown
 from holdfast.files import read_json
 from holdfast.inputs import Inputs
 from holdfast.pipeline import Run
@@ -147,7 +147,8 @@ def check_comparison(plans: Sequence[Plan], attack: str | None = None) -> None:
         except UserError as error:
             raise UserError(f"preset {plan.preset}: {error}") from None
     names = [a.name for a in plans[0].recipe.audit.all_attacks()]
-    require(attack is None or attack in names, f"no attack '{attack}' in this comparison; valid: {', '.join(names)}")
+    if attack is not None and attack not in names:
+        raise unknown("attack of this comparison", attack, names)
 
 
 def column_attack(plans: Sequence[Plan]) -> str:

@@ -40,6 +40,7 @@ class Bar:
         self.console, self.what, self.total, self.first, self.done = console, what, total, done, done
         self.every, self.note = every, ""
         self.unread: Callable[[], str] | None = None
+        self.told: tuple[int, str] | None = None  # the last line, outside a terminal
         self.started = self.printed = time.monotonic()
         self.live: Progress | None = None
 
@@ -66,7 +67,7 @@ class Bar:
     ) -> None:
         if self.live is not None:
             self.live.stop()
-        elif self.done > self.first:
+        elif self.done > self.first and self.told != self._now():
             self._print()
 
     def update(self, done: int, note: str | Callable[[], str] | None = None) -> None:
@@ -90,6 +91,10 @@ class Bar:
         if self.unread is not None:
             self.note, self.unread = self.unread(), None
 
+    def _now(self) -> tuple[int, str]:
+        self._read()
+        return self.done, self.note
+
     def advance(self, note: str | None = None) -> None:
         """One more is done."""
         self.update(self.done + 1, note)
@@ -102,7 +107,7 @@ class Bar:
         return (time.monotonic() - self.started) / fresh * (self.total - self.done)
 
     def _print(self) -> None:
-        self._read()
+        self.told = self._now()
         self.printed = time.monotonic()
         left = self.seconds_left()
         time_left = f", {duration(left)} left" if left else ""

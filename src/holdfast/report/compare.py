@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from holdfast.errors import require
+from holdfast.errors import unknown
 from holdfast.files import write_atomic, write_json
 from holdfast.report.figures import COLOURS, band, metric_axis, png, steps_axis
 from holdfast.report.frontier import frontier
@@ -50,7 +50,8 @@ def write_comparison(out: Path, found: Summaries, attack: str, title: str = "com
 
 def _entry(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     attacks = {a["name"]: a for a in summary["restricted"]["attacks"]}
-    require(name in attacks, f"no attack '{name}' in this comparison; valid: {', '.join(attacks)}")
+    if name not in attacks:
+        raise unknown("attack of this comparison", name, attacks)
     found: Mapping[str, Any] = attacks[name]
     return found
 
