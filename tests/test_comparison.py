@@ -13,6 +13,7 @@ import yaml
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, presets_of, run_comparison
 from holdfast.errors import UserError
 from holdfast.inputs import Inputs
+from holdfast.intactness import ORIGINAL
 from holdfast.pipeline import Run
 from holdfast.recipes import load_recipe
 from holdfast.report.compare import as_markdown, write_comparison
@@ -198,6 +199,29 @@ def test_more_audit_seeds(compared: Path, several: Path, tmp_path: Path) -> None
         assert controls(first) == controls(other)
         assert {r["seed"] for r in lines(other) if r["model"] == "protected" and r["attack"] == "plain"} == {0, 1, 2}
         assert next(c for c in found["ntl"][seed]["checks"] if c["name"] == "enough seeds")["passed"]
+
+
+def test_a_defence_that_comes_later_takes_over_all_controls(compared: Path, several: Path, tmp_path: Path) -> None:
+    """Those from before an audit seed was added too: the seconds show that nothing was measured anew."""
+
+    def seconds(name: str, file: str) -> set[tuple[str, str, float]]:
+        rows = lines(out / "seed-0" / name / file)
+        attack = {"records.jsonl": "attack", "searches.jsonl": "attacks"}[file]
+        return {(r["model"], str(r[attack]), r["seconds"]) for r in rows if r["model"] in ("clean", "scratch")}
+
+    out = tmp_path / "later"
+    shutil.copytree(compared, out)
+    run_comparison(plan_comparison(several, ["identity"], ["audit.seeds=3"], 1, out), resume=True)
+    recipe = yaml.safe_load(several.read_text())
+    recipe["presets"]["later"] = recipe["presets"]["ntl"]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run_comparison(
+        plan_comparison(tmp_path / "more.yaml", ["identity", "later"], ["audit.seeds=3"], 1, out), resume=True
+    )
+    for file in ("records.jsonl", "searches.jsonl"):
+        rows = {r for r in seconds("later", file) if not r[1].startswith(ORIGINAL)}  # intactness is each run's own
+        assert len(rows) >= 2
+        assert rows <= seconds("identity", file)
 
 
 def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) -> None:
