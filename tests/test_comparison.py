@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from holdfast.comparison import check_comparison, column_attack, plan_comparison, presets_of, run_comparison
+from holdfast.domains import Domain, DomainSpec, load_domain
 from holdfast.errors import UserError
-from holdfast.inputs import Inputs
+from holdfast.inputs import Inputs, Pixels
 from holdfast.intactness import ORIGINAL
 from holdfast.pipeline import Run
+from holdfast.preprocessing import Preprocessing
 from holdfast.recipes import load_recipe
 from holdfast.report.compare import as_markdown, write_comparison
 
@@ -179,6 +181,24 @@ def test_a_defence_runs_under_its_own_name(several: Path, tmp_path: Path, change
 def test_what_cannot_be_swept(several: Path, tmp_path: Path, sweep: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_comparison(several, ["ntl"], [], 1, tmp_path, sweep.split(" & "))
+
+
+def test_data_are_decoded_once_a_seed(
+    compared: Path, several: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoded: list[tuple[str, int]] = []
+
+    def counted(spec: DomainSpec, preprocessing: Preprocessing, seed: int, least: int) -> Domain:
+        decoded.append((spec.data, seed))
+        return load_domain(spec, preprocessing, seed, least)
+
+    monkeypatch.setattr("holdfast.inputs.load_domain", counted)
+    shutil.copytree(compared, tmp_path / "copy")
+    plans = plan_comparison(several, [], [], 2, tmp_path / "copy")
+    pixels: Pixels = {}
+    check_comparison(plans, None, pixels)
+    run_comparison(plans, resume=True, pixels=pixels)
+    assert sorted(decoded) == [(f"digits[{c}]", s) for c in ("0-4", "5-9") for s in (0, 1)]
 
 
 def test_it_goes_on_where_it_was(compared: Path, several: Path) -> None:

@@ -20,7 +20,7 @@ from holdfast.distributed import current
 from holdfast.errors import require, unknown
 from holdfast.exits import exit_with
 from holdfast.files import RunFolder
-from holdfast.inputs import Inputs
+from holdfast.inputs import Inputs, Pixels
 from holdfast.listing import LISTS, listing
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
@@ -267,8 +267,9 @@ def compare(
 
     chosen = [p.strip() for p in presets.split(",")] if presets else []
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out, sweep or [])
-    check_comparison(plans, attack)
-    found = run_comparison(plans, resume, Reporter(quiet))
+    pixels: Pixels = {}
+    check_comparison(plans, attack, pixels)
+    found = run_comparison(plans, resume, Reporter(quiet), pixels)
     column = attack or column_attack(plans)
     table = current().agreed(lambda: as_markdown(write_comparison(out, found, column, plans[0].recipe.name)))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")

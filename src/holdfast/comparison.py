@@ -11,7 +11,7 @@ from holdfast.defences.registry import Identity
 from holdfast.distributed import current
 from holdfast.errors import UserError, require, unknown
 from holdfast.files import read_json
-from holdfast.inputs import Inputs
+from holdfast.inputs import Inputs, Pixels
 from holdfast.pipeline import Run
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, load_recipe, read_recipe
@@ -135,9 +135,10 @@ def _differences(first: Recipe, second: Recipe) -> list[str]:
     return [n for n in ours if n not in ("defence", "name", "description") and ours[n] != theirs[n]]
 
 
-def check_comparison(plans: Sequence[Plan], attack: str | None = None) -> None:
-    """Find bad input before hours of work: the data and the model once, the classes for every defence, the attack."""
-    inputs = Inputs(plans[0].recipe)
+def check_comparison(plans: Sequence[Plan], attack: str | None = None, pixels: Pixels | None = None) -> None:
+    """Find bad input before hours of work: the data and the model once, the classes for every defence, the attack.
+    `pixels`: as `Inputs`'."""
+    inputs = Inputs(plans[0].recipe, pixels={} if pixels is None else pixels)
     inputs.check()
     classes = len(inputs.head_classes)
     for plan in plans:
@@ -158,20 +159,27 @@ def column_attack(plans: Sequence[Plan]) -> str:
 
 
 def run_comparison(
-    plans: Sequence[Plan], resume: bool = False, reporter: Reporter | None = None
+    plans: Sequence[Plan], resume: bool = False, reporter: Reporter | None = None, pixels: Pixels | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run what is left to run; returns the summaries of each preset, seed by seed."""
+    """Run what is left to run; returns the summaries of each preset, seed by seed. `pixels`: as `Inputs`'; the data are
+    decoded once a seed."""
     reporter = reporter or Reporter(quiet=True)
+    pixels = {} if pixels is None else pixels
+    seed = plans[0].seed
     for plan in plans:
+        if plan.seed != seed:  # other images: nobody asks for those before again
+            pixels.clear()
+            seed = plan.seed
         # No preset's own, so that it does not matter which comes first; claimed, so that no other recipe's is taken.
         recipe = replace(plan.recipe, defence=Identity(), name="clean model", description="")
-        clean = Run(Inputs(recipe), plan.base, resume, reporter)
+        clean = Run(Inputs(recipe, pixels=pixels), plan.base, resume, reporter)
         with clean.claim():
             clean.pretrain()
         reporter.say(f"— {plan.preset}, seed {plan.seed} —")
         controls = plan.first if plan.folder != plan.first else None
         going = resume or not plan.folder.exists()
-        Run(Inputs(plan.recipe), plan.folder, going, reporter, controls, plan.base / "clean").all()
+        given = Inputs(plan.recipe, pixels=pixels)
+        Run(given, plan.folder, going, reporter, controls, plan.base / "clean").all()
     return current().agreed(lambda: read_comparison(plans))
 
 

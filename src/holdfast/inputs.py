@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,22 @@ from holdfast.seeding import derive
 from holdfast.tasks import Task
 from holdfast.tasktable import TASKS, task_for
 
+Pixels = dict[tuple[Any, ...], Domain]  # by what decides which images are taken, how they are read, and where they lie
+
 
 @dataclass
 class Inputs:
     """A recipe, resolved as it is needed; every property is read once.
 
     `protected`: somebody else's protected weights (file or bundle folder), to be audited instead of protecting;
-    `with_original`: whether there is an original domain (an audit of a checkpoint may lack it).
+    `with_original`: whether there is an original domain (an audit of a checkpoint may lack it). `pixels`: domains that
+    are decoded already; runs on the same data share them.
     """
 
     recipe: Recipe
     protected: str | None = None
     with_original: bool = True
+    pixels: Pixels = field(default_factory=dict, repr=False)
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -84,16 +88,13 @@ class Inputs:
         model = self.runtime.place(self.architecture.build(len(self.head_classes)))
         return self.task.fitted(model, images)
 
-    @cached_property
-    def _pixels(self) -> dict[DomainSpec, Domain]:
-        return {}
-
     def _decoded(self, spec: DomainSpec) -> Domain:
         """The images of a domain, on the device."""
-        if spec not in self._pixels:
-            found = load_domain(spec, self.architecture.preprocessing, self.recipe.seed, self.task.least_classes)
-            self._pixels[spec] = found.to(self.runtime)
-        return self._pixels[spec]
+        how = (self.architecture.preprocessing, self.recipe.seed, self.task.least_classes)
+        key = (spec, *how, self.runtime.device)
+        if key not in self.pixels:
+            self.pixels[key] = load_domain(spec, *how).to(self.runtime)
+        return self.pixels[key]
 
     @cached_property
     def _encoder(self) -> Any | None:

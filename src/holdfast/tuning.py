@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from holdfast.comparison import Plan, check_comparison, listed, run_comparison
 from holdfast.distributed import current
 from holdfast.errors import UserError, require
 from holdfast.files import fingerprint, write_json
+from holdfast.inputs import Pixels
 from holdfast.progress import Reporter
 from holdfast.recipes import Recipe, find_recipe, load_recipe
 from holdfast.scales import scale_of
@@ -116,6 +117,7 @@ class Tuning:
     changes: Sequence[str] = ()
     workers: Sequence[str] = ()  # changes that say who computes, and are no part of the search
     reporter: Reporter | None = None
+    pixels: Pixels = field(default_factory=dict, repr=False)  # every try's data are the same
 
     def __post_init__(self) -> None:
         require(bool(self.axes), "give at least one --space, such as defence.spread=0.25..4")
@@ -158,7 +160,7 @@ class Tuning:
                 for recipe in self.recipes:
                     self._load(recipe, {axis.key: value})
         for plan in self.plans(self.default()):
-            check_comparison([plan])
+            check_comparison([plan], pixels=self.pixels)
 
     def run(self, trials: int, resume: bool = False) -> dict[str, Any]:
         """Try until `trials` settings are done; write `tune.json` after each, and return its contents. A search that
@@ -187,13 +189,13 @@ class Tuning:
         try:
             plans = self.plans(setting, finished[0].user_attrs["setting"] if finished else None)
             for plan in plans:  # a network may refuse what the recipe's check lets pass
-                check_comparison([plan])
+                check_comparison([plan], pixels=self.pixels)
         except UserError as error:
             if self.reporter:
                 self.reporter.say(f"passed over: {error}")
             study.tell(trial, state=REFUSED)
             return
-        found = {p.base.name: run_comparison([p], True, self.reporter)[p.preset][0] for p in plans}
+        found = {p.base.name: run_comparison([p], True, self.reporter, self.pixels)[p.preset][0] for p in plans}
         scores = {name: score(s) for name, s in found.items()}
         trial.set_user_attr("scores", scores)
         trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
