@@ -19,6 +19,7 @@ from holdfast.pipeline import Run
 from holdfast.preprocessing import Preprocessing
 from holdfast.recipes import load_recipe
 from holdfast.report.compare import as_markdown, write_comparison
+from holdfast.report.frontier import in_order
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,16 @@ def test_a_defence_runs_under_its_own_name(several: Path, tmp_path: Path, change
 def test_what_cannot_be_swept(several: Path, tmp_path: Path, sweep: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_comparison(several, ["ntl"], [], 1, tmp_path, sweep.split(" & "))
+
+
+def test_a_curve_of_the_frontier_runs_by_what_was_swept() -> None:
+    def standing(ratio: float) -> dict[str, list[float]]:
+        return {"ratio": [ratio], "end": [0.0], "along": [0.0]}
+
+    points = [("strength=1", standing(0.97)), ("strength=0.1", standing(0.99)), ("strength=0.3", standing(0.99))]
+    assert [v for v, _ in in_order(points)] == ["strength=0.1", "strength=0.3", "strength=1"]
+    points += [("suppression=ice", standing(0.98))]
+    assert [p["ratio"][0] for _, p in in_order(points)] == [0.97, 0.98, 0.99, 0.99]
 
 
 def test_data_are_decoded_once_a_seed(

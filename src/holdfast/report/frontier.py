@@ -15,6 +15,16 @@ MARKERS = "osD^vP*X"
 MEASURED = {"end": "at the end", "along": "along the way"}
 
 
+def in_order(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The points of one curve, (`field=value`, standing), as the curve joins them: by the value that was swept, or,
+    where one is no number, by intactness. Two values may keep the same of the original; by that alone the curve would
+    run back and forth between them."""
+    try:
+        return sorted(points, key=lambda p: float(p[0].rpartition("=")[2]))
+    except ValueError:
+        return sorted(points, key=lambda p: float(p[1]["ratio"][0]))
+
+
 def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], scale: Scale) -> bytes:
     """PNG. Two panels: at the end, along the way. One curve a defence, a point for each value that was swept
     (`defence@field=value`); `rows` and `clean`: what `summary.standing` has found."""
@@ -28,7 +38,7 @@ def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], sc
         heights = [0.0, scale.width(float(clean[key][0]))]
         axes.axhline(0, color="#999999", linestyle=":", linewidth=1.2)
         for i, (defence, points) in enumerate(curves.items()):
-            ordered = sorted(points, key=lambda p: float(p[1]["ratio"][0]))
+            ordered = in_order(points)
             xs = [float(p["ratio"][0]) for _, p in ordered]
             ys = [scale.width(float(p[key][0])) for _, p in ordered]
             heights += ys
