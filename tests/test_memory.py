@@ -161,13 +161,14 @@ def test_the_real_allocator_says_no(room: int) -> None:
     steps, most = map(int, done.stdout.split())
     assert steps == 1
     assert 1 < most < 1000
-    assert done.stderr.startswith("out of memory with 1000 samples at once: from here on at most 500")
+    assert "out of memory with 1000 samples at once: from here on at most 500" in done.stderr
 
 
 def test_allocators_are_known_by_what_they_say() -> None:
     assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …"))
     assert out_of_memory(RuntimeError("could not create a primitive"))
-    assert out_of_memory(MemoryError("std::bad_alloc"))
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("std::bad_alloc"))
     assert not out_of_memory(RuntimeError("could not create a primitive descriptor for the matmul primitive"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 

@@ -116,8 +116,8 @@ def test_a_pair_on_which_pre_training_is_worth_nothing_shows_nothing() -> None:
     level = {"direct+all": {"protected": (0.1, 0.5, 0.7), "clean": (0.1, 0.6, 0.8), "scratch": (0.1, 0.6, 0.8)}}
     s = summarise(records(3, level), 0.1, COST)
     assert HELPS in {c["name"] for c in s["checks"] if not c["passed"]}
-    assert conclusion(s)[0].endswith("no more than training from scratch: the pair says nothing of a defence.")
-    assert "says nothing" not in conclusion(summarise(records(), 0.1, COST))[0]
+    assert conclusion(s)[0].endswith("hardly more than training from scratch: the pair tells nothing.")
+    assert "tells nothing" not in conclusion(summarise(records(), 0.1, COST))[0]
 
 
 def test_a_cost_ratio_is_of_one_attack() -> None:

@@ -82,8 +82,9 @@ def adopt_cells(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence
         if (s.model, name, s.seed) not in done
     }
     found = []
+    seeds = {s.seed for s in specs}
     for record in AuditFiles(folder).records.read():
-        if _probed(record, done) and record.provenance in good:
+        if record.seed in seeds and _probed(record, done) and record.provenance in good:
             found.append(replace(record, provenance=provenance))
             continue
         flag, setting = wanted.get((record.model, record.attack, record.seed), (None, None))

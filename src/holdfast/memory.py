@@ -11,6 +11,7 @@ from torch import Tensor
 
 from holdfast.errors import UserError
 
+SAID = r"can't allocate memory|bad_alloc|could not (create|execute) a primitive(?! desc)"  # as a RuntimeError
 Part = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -69,5 +70,4 @@ def out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error)
-    return "can't allocate memory" in said or bool(re.search(r"could not (create|execute) a primitive(?! desc)", said))
+    return bool(re.search(SAID, str(error)))

@@ -282,5 +282,5 @@ def _explain(summary: dict[str, Any]) -> str:
         return "This audit shows nothing: no attack trains the unprotected model either. Give it more steps or data."
     said = EXPLAINED[summary["verdict"]]
     if any(c["name"] == HELPS and not c["passed"] for c in summary["checks"]):
-        said += " But unprotected ones bring no more than training from scratch: the pair says nothing of a defence."
+        said += " But unprotected ones bring hardly more than training from scratch: the pair tells nothing."
     return said
