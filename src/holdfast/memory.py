@@ -38,7 +38,7 @@ class MicroBatches:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                said = str(error).split("\n")[0]
+                said = str(error).split("\n")[0] or type(error).__name__
             self._halve(size, said)  # outside of the handler, which would keep the failed step's tensors alive
             again()
 
@@ -51,7 +51,10 @@ class MicroBatches:
 
     def _halve(self, size: int, said: str) -> None:
         if size == 1:
-            raise UserError(f"out of memory with one sample at a time ({said[:120]}); take a smaller model or input")
+            raise UserError(
+                f"out of memory with one sample at a time ({said[:120]}); take a smaller model or "
+                "input, or begin with a smaller batch"
+            )
         self.most = (size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -158,31 +158,27 @@ def parse_recipe(
         built = TypeAdapter(cls).validate_python(defence)
     except ValidationError as error:
         raise _explain(error, where, "defence", [f.name for f in fields(cls)]) from None
-    _refuse_flags(defence, built, f"{where}: defence")
     if isinstance(merged.get("pretrain"), Mapping):
         merged["pretrain"] = {**asdict(PRETRAIN), **merged["pretrain"]}
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_python({**merged, "defence": built})
     except ValidationError as error:
         raise _explain(error, where) from None
-    _refuse_flags(merged, recipe, f"{where}: ")
+    _refuse_flags({**merged, "defence": defence}, recipe, where)
     return recipe
 
 
-def _refuse_flags(given: Any, built: Any, key: str) -> None:
+def _refuse_flags(given: Any, built: Any, where: str, *path: str) -> None:
     """`UserError` where true or false was given and became a number: pydantic makes 1.0 of `lr: true`."""
     if isinstance(given, Mapping):
         for name, value in given.items():
             inner = built.get(name) if isinstance(built, Mapping) else getattr(built, str(name), None)
-            _refuse_flags(value, inner, f"{key}.{name}".replace(": .", ": "))
+            _refuse_flags(value, inner, where, *path, str(name))
     elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
         for value, inner in zip(given, built, strict=False):
-            _refuse_flags(value, inner, key)
-    elif isinstance(given, bool):
-        require(
-            isinstance(built, bool) or not isinstance(built, int | float),
-            f"{key}: expected a number, but got {str(given).lower()}",
-        )
+            _refuse_flags(value, inner, where, *path)
+    elif isinstance(given, bool) and isinstance(built, int | float) and not isinstance(built, bool):
+        raise UserError(f"{where}: {'.'.join(path)}: expected a number, but got {str(given).lower()}")
 
 
 def choose_preset(raw: Mapping[str, Any], preset: str | None, where: str = "recipe") -> dict[str, Any]:
