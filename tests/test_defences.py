@@ -146,6 +146,7 @@ RESUMED = {
         peak=0.5,
         reopen=0.5,
         fisher=0.1,
+        mmd=0.1,
         answer=0.1,
         augment="shift",
         sophon=Sophon(

@@ -262,8 +262,9 @@ class TestDefences:
         assert all(map(math.isfinite, losses.values()))
         assert losses["answer"] > 0
         assert spec.measure(given, given.restricted).keys() == {"leak, restricted", "leak, original"}
-        with pytest.raises(UserError, match="needs labels"):
-            lockout(fisher=1.0).check(given)
+        for term in ("fisher", "mmd"):
+            with pytest.raises(UserError, match="needs labels"):
+                lockout(**{term: 1.0}).check(given)
 
     def test_sophon_says_that_there_is_no_head(self) -> None:
         with pytest.raises(UserError, match=r"set defence.inner_initialise to \[keep\]"):

@@ -215,11 +215,31 @@ def test_every_term_is_a_loss_of_its_own(task, runtime) -> None:
     architecture, *_ = NETWORKS["normalised"]
     domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
     spec = Lockout(
-        close=2, iterations=2, steps=1, batch_size=10, check_every=1, peak=1.0, reopen=0.7, fisher=0.5, answer=0.5
+        close=2,
+        iterations=2,
+        steps=1,
+        batch_size=20,
+        check_every=1,
+        peak=1.0,
+        reopen=0.7,
+        fisher=0.5,
+        mmd=0.5,
+        answer=0.5,
     )
     engine = spec.prepare(Given(architecture.build(5), domain, domain.train, 5, architecture, task, runtime))
     losses = engine.iterate(1, 1.0)
-    assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread", "peak", "reopened", "fisher", "answer"}
+    assert losses.keys() == {
+        "lockout",
+        "kept",
+        "hinge",
+        "flat",
+        "spread",
+        "peak",
+        "reopened",
+        "fisher",
+        "mmd",
+        "answer",
+    }
     assert losses["peak"] > losses["spread"], "the mean's logarithm is above the logarithms' mean"
     terms = sum(v for n, v in losses.items() if n != "lockout")
     assert losses["lockout"] == pytest.approx(terms, rel=1e-5)

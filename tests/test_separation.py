@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from holdfast.errors import UserError
-from holdfast.separation import a_distance, fisher_ratio, mmd
+from holdfast.separation import a_distance, class_mmd, fisher_ratio, mmd
 
 
 class TestFisherRatio:
@@ -106,6 +106,58 @@ class TestMMD:
             mmd(torch.zeros(2, 2), torch.zeros(2, 2), kernels=0)
         with pytest.raises(UserError, match="shape"):
             mmd(torch.zeros(2), torch.zeros(2))
+
+
+class TestClassMMD:
+    def test_by_hand(self) -> None:
+        """Classes {0, 2} and {2, 4} on a line: squared distances 4 within each, 4, 16, 0, 4 across; b̄ = 2·32/12 = 16/3.
+        K_00 = K_11 = exp(−¾), K_01 = (2·exp(−¾) + exp(−3) + 1)/4."""
+        features = torch.tensor([[0.0], [2.0], [2.0], [4.0]])
+        value = class_mmd(features, torch.tensor([5, 5, 7, 7]), kernels=1)
+        near, far = math.exp(-0.75), math.exp(-3)
+        assert value.item() == pytest.approx(2 * near - 2 * (2 * near + far + 1) / 4, abs=1e-6)
+
+    def test_the_mean_over_pairs_of_classes(self) -> None:
+        """Against the definition, in loops: three classes of unequal size, and one of a single sample, left out."""
+        features, labels = torch.randn(10, 4).double(), torch.tensor([0, 1, 0, 2, 1, 0, 2, 1, 0, 9])
+        kept, marks = features[:9], labels[:9]
+        width = torch.cdist(kept, kept).square().sum() / 72
+        kernel = sum(torch.exp(-torch.cdist(kept, kept).square() / (width * 2.0**k)) for k in range(-2, 3))
+
+        def mean(c: int, d: int) -> float:
+            return float(
+                torch.stack(
+                    [kernel[i, j] for i in range(9) for j in range(9) if marks[i] == c and marks[j] == d and i != j]
+                ).mean()
+            )
+
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        expected = sum(mean(c, c) + mean(d, d) - 2 * mean(c, d) for c, d in pairs) / 3
+        assert class_mmd(features, labels).item() == pytest.approx(expected, abs=1e-5)
+        assert class_mmd(features * 50, labels).item() == pytest.approx(expected, abs=1e-5)
+
+    def test_zero_on_average_where_classes_are_drawn_alike_and_more_where_only_their_spread_differs(self) -> None:
+        draws = torch.Generator().manual_seed(0)
+        samples, labels = torch.randn(200, 16, 3, generator=draws), torch.arange(16) % 2
+        alike = torch.stack([class_mmd(s, labels) for s in samples])
+        assert abs(alike.mean()) < 4 * alike.std() / len(alike) ** 0.5
+        wider = samples * (1 + 3 * labels).view(16, 1)
+        spread = torch.stack([class_mmd(s, labels) for s in wider])
+        assert spread.mean() > 10 * spread.std() / len(spread) ** 0.5
+
+    def test_nothing_to_compare(self) -> None:
+        features = torch.randn(4, 2, requires_grad=True)
+        value = class_mmd(features, torch.tensor([0, 0, 1, 2]))
+        assert value.item() == 0
+        assert not torch.autograd.grad(value, features)[0].any()
+        assert class_mmd(torch.ones(4, 2), torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0, abs=1e-6)
+
+    def test_its_gradient_brings_classes_together(self) -> None:
+        labels = torch.arange(12) % 3
+        features = (torch.randn(12, 3) + 3 * labels.unsqueeze(1)).detach().requires_grad_()
+        value = class_mmd(features, labels)
+        (gradient,) = torch.autograd.grad(value, features)
+        assert class_mmd(features - 0.1 * gradient / gradient.norm(), labels) < value
 
 
 class TestADistance:

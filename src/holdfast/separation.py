@@ -48,18 +48,50 @@ def mmd(first: Tensor, second: Tensor, kernels: int = 5, factor: float = 2.0) ->
 
     Lies in [0, 2·kernels]; 0 for equal samples. `first`: (n, …), `second`: (m, …), flattened.
     """
-    require(kernels >= 1 and factor > 0, f"mmd needs kernels ≥ 1 and factor > 0, but got {kernels} and {factor}")
     x, y = _flat(first), _flat(second)
-    every = torch.cat([x, y])
-    every = every - every.mean(0).detach()  # distances stay, and less is lost where they are differences of squares
+    kernel, n = _gaussians(torch.cat([x, y]), kernels, factor), len(x)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def class_mmd(features: Tensor, labels: Tensor, kernels: int = 5, factor: float = 2.0) -> Tensor:
+    """`mmd` between classes, the mean over all pairs of them: unbiased, so 0 on average where classes are drawn alike.
+
+    With k as there, b̄ over all samples, and K_cd the mean of k over the pairs of a sample of class c and one of class
+    d, for c = d without those of a sample and itself,
+
+        2 ÷ (C·(C − 1)) · Σ_{c < d} ( K_cc + K_dd − 2·K_cd ) .
+
+    Sees whatever differs, spread and shape as well as the mean, which is all that `fisher_ratio` sees; not changed by
+    the scale of the features. Lies in (−2·kernels, 2·kernels]. Classes with one sample are left out, and 0 is returned
+    where fewer than two others stay. `features`: (n, …), flattened; `labels`: (n,) int64. Returns a float32 scalar.
+    """
+    flat = _flat(features)
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    flat, labels = flat[counts[index] > 1], labels[counts[index] > 1]
+    kinds, index = torch.unique(labels, return_inverse=True)
+    if len(kinds) < 2:
+        return 0 * flat.sum()
+    kernel = _gaussians(flat, kernels, factor)
+    kernel = kernel - torch.diag(torch.diagonal(kernel))
+    members = F.one_hot(index, len(kinds)).float()  # (n, C)
+    counts = members.sum(0)
+    pairs = torch.outer(counts, counts) - torch.diag(counts)
+    means = members.T @ kernel @ members / pairs
+    within, count = torch.diagonal(means), len(kinds)
+    found: Tensor = 2 * (count * within.sum() - means.sum()) / (count * (count - 1))
+    return found
+
+
+def _gaussians(samples: Tensor, kernels: int, factor: float) -> Tensor:
+    """k of every pair, (n, n): `samples` (n, units)."""
+    require(kernels >= 1 and factor > 0, f"mmd needs kernels ≥ 1 and factor > 0, but got {kernels} and {factor}")
+    every = samples - samples.mean(0).detach()  # distances stay, and less is lost in differences of squares
     squares = every.square().sum(1)
     distances = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * every @ every.T).clamp(min=0)
     count = len(every)
     middle = distances.detach().sum() / max(1, count * count - count) + TINY
     widths = [middle * factor ** (j - kernels // 2) for j in range(kernels)]
-    kernel = torch.stack([torch.exp(-distances / w) for w in widths]).sum(0)
-    n = len(x)
-    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+    return torch.stack([torch.exp(-distances / w) for w in widths]).sum(0)
 
 
 def a_distance(first: Tensor, second: Tensor, folds: int = 5) -> float:

@@ -37,9 +37,11 @@ from holdfast.models import load_state
 from holdfast.normalisation import Lent
 from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
-from holdfast.separation import fisher_ratio
+from holdfast.separation import class_mmd, fisher_ratio
 from holdfast.tasks import Task
 from holdfast.training import Beside, fit
+
+CLASSES = {"fisher": fisher_ratio, "mmd": class_mmd}  # the terms that make classes alike, not images
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ class Lockout(Guarded):
         L = L_task(original) + `distillation`·D(θ₀ ‖ θ; original) + s·( `hinge`·Σ_{l ∈ last close} H(z_l; restricted)
             + `flat`·Σ_{l ∈ last close} V(z_l; restricted)/V₀(z_l; original)
             + `spread`·Σ_l log r_l + `peak`·log Σ_l r_l + `fisher`·Σ_l F(x_l; restricted)
-            + `reopen`·log Σ_{l behind k} r̃_l + `answer`·L_α(restricted) ) ,
+            + `mmd`·Σ_l M(x_l; restricted) + `reopen`·log Σ_{l behind k} r̃_l + `answer`·L_α(restricted) ) ,
         r_l = V(x_l; restricted)/V(x_l; original) ,
 
     each Σ a mean over its layers; r̃_l is r_l while what goes into activation k, another one in each step, spreads as
     original images do there (`collapse.reopened`); H is `collapse.hinge`, V `collapse.between_images`, F
-    `separation.fisher_ratio`, L_α the task's suppression loss, s what the guard allows times `strength`. Restricted
-    images pass with the batch statistics of the original ones (`normalisation.Lent`), as when the model is used or its
-    layers are frozen, and with their own, as when it is trained: then they can be made alike, not closed.
+    `separation.fisher_ratio`, M `separation.class_mmd`, L_α the task's suppression loss, s what the
+    guard allows times `strength`. Restricted images pass with the batch statistics of the original ones
+    (`normalisation.Lent`), as when the model is used or its layers are frozen, and with their own, as when it is
+    trained: then they can be made alike, not closed.
     """
 
     close: int = 4  # activations, counted from the last, whose units are closed and made alike
@@ -72,6 +75,7 @@ class Lockout(Guarded):
     spared: int = 0  # weight layers after the first whose inputs are left alone: edges serve every domain
     reopen: float = 0.0  # behind a place that is opened again, as an attacker's first steps open it
     fisher: float = 0.0
+    mmd: float = 0.0
     answer: float = 0.0
     distillation: float = 2.0
     strength: float = 1.0  # the one number that chooses between more protection and more of the original
@@ -97,10 +101,20 @@ class Lockout(Guarded):
         for name in ("close", "spared"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         require(0 < self.strength <= 10, f"strength must lie in (0, 10], but got {self.strength}")
-        weights = ("hinge", "margin", "worst", "flat", "spread", "peak", "reopen", "fisher", "answer", "distillation")
-        for name in weights:
+        for name in (
+            "hinge",
+            "margin",
+            "worst",
+            "flat",
+            "spread",
+            "peak",
+            "reopen",
+            *CLASSES,
+            "answer",
+            "distillation",
+        ):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        terms = ("spread", "peak", "reopen", "fisher", "answer", *(("hinge", "flat") if self.close else ()))
+        terms = ("spread", "peak", "reopen", *CLASSES, "answer", *(("hinge", "flat") if self.close else ()))
         require(
             any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
         )
@@ -121,8 +135,8 @@ class Lockout(Guarded):
         return self.sophon is not None and self.sophon.simulates(tuning, edits)
 
     def suits(self, task: Task) -> bool:
-        """Only Fisher's ratio needs labels."""
-        return task.labelled or not self.fisher
+        """What makes classes alike needs labels."""
+        return task.labelled or not any(getattr(self, name) for name in CLASSES)
 
     def check_head(self, heads: Sequence[str]) -> None:
         """As SOPHON, where it follows."""
@@ -293,8 +307,9 @@ class _Engine(Engine):
             add("spread", spec.spread * share, ratios)
             if spec.peak:
                 add("peak", spec.peak * share, [peak(ratios)])
-            if spec.fisher:
-                add("fisher", spec.fisher * share, [fisher_ratio(v, labels) for v in taps.values])
+            for name, measure in CLASSES.items():
+                if weight := getattr(spec, name):
+                    add(name, weight * share, [measure(v, labels) for v in taps.values])
         if opened is not None:  # by either statistics, in turn: a third pass in the place of two
             chosen = passes[opened.turn % len(passes)]
             add("reopened", spec.reopen, [opened.peak(lambda: outputs_by(chosen()), taps, original)])
