@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from holdfast.comparison import check_comparison, column_attack, plan_comparison, presets_of, run_comparison
+from holdfast.comparison import check_comparison, plan_comparison, presets_of, run_comparison
 from holdfast.domains import Domain, DomainSpec, load_domain
 from holdfast.errors import UserError
 from holdfast.inputs import Inputs, Pixels
@@ -194,6 +194,21 @@ def test_a_curve_of_the_frontier_runs_by_what_was_swept() -> None:
     assert [p["ratio"][0] for _, p in in_order(points)] == [0.97, 0.98, 0.99, 0.99]
 
 
+def test_an_attack_that_cannot_be_run_has_no_column(several: Path, tmp_path: Path) -> None:
+    """Domains of different numbers of classes share no head: the battery's first attack keeps it, the next does not."""
+    changes = ["restricted.data=digits[5-8]", "audit.battery=paper-default", "audit.attacks=[]"]
+    plans = plan_comparison(several, ["identity"], changes, 1, tmp_path / "out")
+    assert plans[0].recipe.audit.all_attacks()[0].name == "direct+all"
+    assert check_comparison(plans) == "initFC+FC"
+    with pytest.raises(
+        UserError, match=r"direct\+all cannot be run here \(keeps the head.*; valid: initFC\+FC, initFC"
+    ):
+        check_comparison(plans, "direct+all")
+    found = run_comparison(plans)
+    result = write_comparison(tmp_path / "out", found, check_comparison(plans))
+    assert result["rows"]["identity"]["attack"][0] is not None
+
+
 def test_data_are_decoded_once_a_seed(
     compared: Path, several: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -287,10 +302,10 @@ def test_what_cannot_be_compared(several: Path, compared: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="--seeds N instead of seed="):
         plan_comparison(several, [], ["seed=7"], 1, tmp_path)
     plans = plan_comparison(several, [], [], 1, tmp_path)
-    assert column_attack(plans) == "plain"
+    assert check_comparison(plans) == "plain"
     with pytest.raises(UserError, match=r"unknown attack of this comparison 'planes'.*; valid: plain, searched"):
         check_comparison(plans, "planes")
-    check_comparison(plans, "plain")
+    assert check_comparison(plans, "searched") == "searched"
     wrong = plan_comparison(several, [], ["original.data=digits[0-3]"], 1, tmp_path)
     with pytest.raises(UserError, match="preset ntl: head and classes do not agree"):
         check_comparison(wrong)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.bundle import is_bundle, is_pipeline, load_bundle
-from holdfast.comparison import check_comparison, column_attack, plan_comparison, run_comparison
+from holdfast.comparison import check_comparison, plan_comparison, run_comparison
 from holdfast.diffusion.pipelines import SCHEME
 from holdfast.distributed import current
 from holdfast.errors import require, unknown
@@ -268,9 +268,8 @@ def compare(
     chosen = [p.strip() for p in presets.split(",")] if presets else []
     plans = plan_comparison(recipe, chosen, [*(changes or []), *_workers(jobs, ray)], seeds, out, sweep or [])
     pixels: Pixels = {}
-    check_comparison(plans, attack, pixels)
+    column = check_comparison(plans, attack, pixels)
     found = run_comparison(plans, resume, Reporter(quiet), pixels)
-    column = attack or column_attack(plans)
     table = current().agreed(lambda: as_markdown(write_comparison(out, found, column, plans[0].recipe.name)))
     typer.echo(f"\n{table}\n{(out / 'comparison.md').resolve()}")
 

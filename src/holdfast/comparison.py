@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.audit import applicable
 from holdfast.defences.registry import Identity
 from holdfast.distributed import current
 from holdfast.errors import UserError, require, unknown
@@ -135,9 +136,12 @@ def _differences(first: Recipe, second: Recipe) -> list[str]:
     return [n for n in ours if n not in ("defence", "name", "description") and ours[n] != theirs[n]]
 
 
-def check_comparison(plans: Sequence[Plan], attack: str | None = None, pixels: Pixels | None = None) -> None:
+def check_comparison(plans: Sequence[Plan], attack: str | None = None, pixels: Pixels | None = None) -> str:
     """Find bad input before hours of work: the data and the model once, the classes for every defence, the attack.
-    `pixels`: as `Inputs`'."""
+
+    Returns the attack with a column and a figure of its own: `attack`, or the recipe's first, else the battery's, that
+    can be run on this model and these domains. `pixels`: as `Inputs`'.
+    """
     inputs = Inputs(plans[0].recipe, pixels={} if pixels is None else pixels)
     inputs.check()
     classes = len(inputs.head_classes)
@@ -147,15 +151,15 @@ def check_comparison(plans: Sequence[Plan], attack: str | None = None, pixels: P
             plan.recipe.defence_object.check(inputs.given(model))
         except UserError as error:
             raise UserError(f"preset {plan.preset}: {error}") from None
-    names = [a.name for a in plans[0].recipe.audit.all_attacks()]
+    audit = plans[0].recipe.audit
+    run, left_out = applicable(audit.all_attacks(), inputs.bench({"clean": model.state_dict()}))
+    names = [a.name for a in run]
+    require(bool(names), f"no attack of this audit can be run: {'; '.join(f'{n} {w}' for n, w in left_out.items())}")
+    if attack in left_out:
+        raise UserError(f"{attack} cannot be run here ({left_out[attack]}); valid: {', '.join(names)}")
     if attack is not None and attack not in names:
         raise unknown("attack of this comparison", attack, names)
-
-
-def column_attack(plans: Sequence[Plan]) -> str:
-    """The attack with a column of its own: the recipe's first, else the battery's."""
-    audit = plans[0].recipe.audit
-    return (audit.attacks or audit.all_attacks())[0].name
+    return attack or next((a.name for a in audit.attacks if a.name in names), names[0])
 
 
 def run_comparison(
