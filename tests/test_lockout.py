@@ -503,6 +503,11 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
         Lockout(close=0, spread=0.0)
     with pytest.raises(UserError, match="needs a head for the restricted classes too"):
         Lockout(answer=1.0).check_classes(5, 6)
+    for term in ("fisher", "mmd"):
+        spec = Lockout(**{term: 1.0}, batch_size=11)
+        spec.check_classes(2, 5)
+        with pytest.raises(UserError, match="batch_size must be at least 12, two images of each restricted class"):
+            spec.check_classes(2, 6)
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match=r"close is 9, but the network runs 4 .*; set defence\.close to 4$"):
         Lockout(close=9).check(given)

@@ -136,7 +136,10 @@ class Lockout(Guarded):
 
     def suits(self, task: Task) -> bool:
         """What makes classes alike needs labels."""
-        return task.labelled or not any(getattr(self, name) for name in CLASSES)
+        return task.labelled or not self._compares_classes()
+
+    def _compares_classes(self) -> bool:
+        return any(getattr(self, name) for name in CLASSES)
 
     def check_head(self, heads: Sequence[str]) -> None:
         """As SOPHON, where it follows."""
@@ -154,11 +157,16 @@ class Lockout(Guarded):
         )
 
     def check_classes(self, original: int, restricted: int) -> None:
-        """As SOPHON, where it follows; with `answer` one head serves both domains."""
+        """As SOPHON, where it follows; with `answer` one head serves both domains; classes are compared in a batch."""
         require(
             not self.answer or restricted <= original,
             f"head and classes do not agree: lockout with answer > 0 needs a head for the restricted classes too, but "
             f"there are {restricted} of them and {original} original ones",
+        )
+        require(
+            not self._compares_classes() or self.batch_size >= 2 * restricted,
+            f"batch_size must be at least {2 * restricted}, two images of each restricted class, with "
+            f"{' or '.join(CLASSES)}, which compare classes within a batch; got {self.batch_size}",
         )
         if self.sophon is not None:
             self.sophon.check_classes(original, restricted)
