@@ -21,6 +21,7 @@ from holdfast.models import Architecture, state_of
 from holdfast.normalisation import Lent
 from holdfast.recipes import parse_recipe
 from holdfast.runtime import Runtime
+from holdfast.separation import class_mmd
 
 
 def test_what_depends_on_the_image_by_hand() -> None:
@@ -429,6 +430,46 @@ def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, origi
     gains = [before - after for before, after in zip(*ratios, strict=True)]
     assert min(gains) > 0
     assert gains[-1] > 3, "the head sees one answer to all restricted images"
+
+
+def test_classes_are_made_alike_and_images_stay_apart(locked, original, restricted, task, runtime, clean_state) -> None:
+    """`mmd` alone: on images that the defender never saw nothing tells classes apart as before, at any depth, though
+    the images differ as they did; what closes units and collapses images leaves them nothing to differ in."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    clean, alike = (architecture.build(5) for _ in range(2))
+    for model in (clean, alike):
+        model.load_state_dict(clean_state)
+    spec = Lockout(
+        iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, lr=2e-3, close=2, hinge=0, flat=0,
+        spread=0, mmd=10, tolerance=0.05,
+    )  # fmt: skip
+    history = spec.protect(
+        alike,
+        original,
+        restricted.halves(0)[0],
+        restricted_classes=5,
+        architecture=architecture,
+        task=task,
+        runtime=runtime,
+    )
+    assert history.released
+    images, labels = restricted.test.batch(torch.arange(len(restricted.test)), runtime)
+    ours, _ = original.test.batch(torch.arange(100), runtime)
+    layers, apart, spread = depths(clean, images[:4]), [], []
+    for model in (clean, alike, locked[0]):
+        values = []
+        for x in (images, ours):
+            with torch.no_grad(), Taps(model.eval(), layers) as taps:
+                model(x)
+            values.append(taps.values)
+        apart.append([class_mmd(v, labels).item() for v in values[0]])
+        spread.append([log_spread_ratio(r, o).item() for r, o in zip(*values, strict=True)])
+    assert history.checks[-1]["original"] >= 0.95 * history.checks[0]["original"]
+    shares = [after / before for before, after in zip(apart[0], apart[1], strict=True)]
+    assert max(shares) < 0.9
+    assert max(shares[1:]) < 0.7
+    assert all(after > before - 0.3 for before, after in zip(spread[0], spread[1], strict=True))
+    assert apart[2][1] > 0.9 * apart[0][1], "images collapsed by a fifth, and classes as far apart within them"
 
 
 def test_running_statistics_are_those_of_the_weights_at_hand(original, restricted, task, runtime, clean_state) -> None:
