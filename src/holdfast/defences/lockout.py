@@ -42,6 +42,7 @@ from holdfast.tasks import Task
 from holdfast.training import Beside, fit
 
 CLASSES = {"fisher": fisher_ratio, "mmd": class_mmd}  # the terms that make classes alike, not images
+TERMS = ("spread", "peak", "reopen", *CLASSES, "answer")  # whose places are not activations
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,9 @@ class Lockout(Guarded):
         for name in ("close", "spared"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
         require(0 < self.strength <= 10, f"strength must lie in (0, 10], but got {self.strength}")
-        for name in (
-            "hinge",
-            "margin",
-            "worst",
-            "flat",
-            "spread",
-            "peak",
-            "reopen",
-            *CLASSES,
-            "answer",
-            "distillation",
-        ):
+        for name in ("hinge", "flat", *TERMS, "margin", "worst", "distillation"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, but got {getattr(self, name)}")
-        terms = ("spread", "peak", "reopen", *CLASSES, "answer", *(("hinge", "flat") if self.close else ()))
+        terms = (*TERMS, *(("hinge", "flat") if self.close else ()))
         require(
             any(getattr(self, name) > 0 for name in terms), f"one of {', '.join(terms)} must be above 0, but all are 0"
         )
