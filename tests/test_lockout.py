@@ -386,14 +386,21 @@ def test_borrowed_statistics_are_evaluation_once_the_running_ones_have_arrived(a
         torch.testing.assert_close(found, model(y), atol=0.05, rtol=0.1)  # running variances are the unbiased ones
 
 
+SHORT = Lockout(iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, lr=2e-3, close=2, tolerance=0.05)
+
+
+def _values(network: nn.Module, layers: list[str], images: torch.Tensor) -> list[torch.Tensor]:
+    """What goes into each of `layers` when the network is used."""
+    with torch.no_grad(), Taps(network.eval(), layers) as taps:
+        network(images)
+    return taps.values
+
+
 @pytest.fixture(scope="module")
 def locked(clean_state, original, restricted, task, runtime):
     """A short lockout of the small network, and what it measures before and after."""
     architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
-    spec = Lockout(
-        iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, lr=2e-3, close=2, hinge=0.3, flat=0.5,
-        spread=0.1, tolerance=0.05,
-    )  # fmt: skip
+    spec = replace(SHORT, hinge=0.3, flat=0.5, spread=0.1)
     model = architecture.build(5)
     model.load_state_dict(clean_state)
     half = restricted.halves(0)[0]
@@ -420,12 +427,7 @@ def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, origi
     images = [d.batch(torch.arange(100), runtime)[0] for d in (restricted.test, original.test)]
     layers, ratios = depths(clean, images[0][:4]), []
     for network in (clean, model):
-        network.eval()
-        values = []
-        for x in images:
-            with torch.no_grad(), Taps(network, layers) as taps:
-                network(x)
-            values.append(taps.values)
+        values = [_values(network, layers, x) for x in images]
         ratios.append([log_spread_ratio(r, o).item() for r, o in zip(*values, strict=True)])
     gains = [before - after for before, after in zip(*ratios, strict=True)]
     assert min(gains) > 0
@@ -439,10 +441,7 @@ def test_classes_are_made_alike_and_images_stay_apart(locked, original, restrict
     clean, alike = (architecture.build(5) for _ in range(2))
     for model in (clean, alike):
         model.load_state_dict(clean_state)
-    spec = Lockout(
-        iterations=20, steps=10, check_every=5, probe_steps=10, batch_size=50, lr=2e-3, close=2, hinge=0, flat=0,
-        spread=0, mmd=10, tolerance=0.05,
-    )  # fmt: skip
+    spec = replace(SHORT, hinge=0, flat=0, spread=0, mmd=10)
     history = spec.protect(
         alike,
         original,
@@ -457,11 +456,7 @@ def test_classes_are_made_alike_and_images_stay_apart(locked, original, restrict
     ours, _ = original.test.batch(torch.arange(100), runtime)
     layers, apart, spread = depths(clean, images[:4]), [], []
     for model in (clean, alike, locked[0]):
-        values = []
-        for x in (images, ours):
-            with torch.no_grad(), Taps(model.eval(), layers) as taps:
-                model(x)
-            values.append(taps.values)
+        values = [_values(model, layers, x) for x in (images, ours)]
         apart.append([class_mmd(v, labels).item() for v in values[0]])
         spread.append([log_spread_ratio(r, o).item() for r, o in zip(*values, strict=True)])
     assert history.checks[-1]["original"] >= 0.95 * history.checks[0]["original"]

@@ -23,13 +23,10 @@ def fisher_ratio(features: Tensor, labels: Tensor) -> Tensor:
     chance will have it: such samples are left out (0 where none stay). `features`: (n, …), flattened; `labels`: (n,)
     int64. Returns a float32 scalar.
     """
-    flat = F.normalize(_flat(features), dim=1, eps=TINY)
-    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    flat, labels = flat[counts[index] > 1], labels[counts[index] > 1]
-    if len(labels) == 0:
+    flat, index, counts = _by_class(F.normalize(_flat(features), dim=1, eps=TINY), labels)
+    if len(counts) == 0:
         return flat.sum()
-    kinds, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(kinds), flat.shape[1], device=flat.device).index_add(0, index, flat)
+    sums = torch.zeros(len(counts), flat.shape[1], device=flat.device).index_add(0, index, flat)
     means = sums / counts.unsqueeze(1)
     between = (counts * (means - flat.mean(0)).square().sum(1)).sum()
     within = (flat - means[index]).square().sum()
@@ -65,19 +62,16 @@ def class_mmd(features: Tensor, labels: Tensor, kernels: int = 5, factor: float 
     the scale of the features. Lies in (−2·kernels, 2·kernels]. Classes with one sample are left out, and 0 is returned
     where fewer than two others stay. `features`: (n, …), flattened; `labels`: (n,) int64. Returns a float32 scalar.
     """
-    flat = _flat(features)
-    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    flat, labels = flat[counts[index] > 1], labels[counts[index] > 1]
-    kinds, index = torch.unique(labels, return_inverse=True)
-    if len(kinds) < 2:
+    flat, index, counts = _by_class(_flat(features), labels)
+    count = len(counts)
+    if count < 2:
         return 0 * flat.sum()
     kernel = _gaussians(flat, kernels, factor)
     kernel = kernel - torch.diag(torch.diagonal(kernel))
-    members = F.one_hot(index, len(kinds)).float()  # (n, C)
-    counts = members.sum(0)
+    members = F.one_hot(index, count).float()  # (n, C)
     pairs = torch.outer(counts, counts) - torch.diag(counts)
     means = members.T @ kernel @ members / pairs
-    within, count = torch.diagonal(means), len(kinds)
+    within = torch.diagonal(means)
     found: Tensor = 2 * (count * within.sum() - means.sum()) / (count * (count - 1))
     return found
 
@@ -113,6 +107,15 @@ def a_distance(first: Tensor, second: Tensor, folds: int = 5) -> float:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
     right = cross_val_score(classifier, x, y, cv=folds, scoring="balanced_accuracy").mean()
     return float(2 * (2 * right - 1))
+
+
+def _by_class(flat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Without the classes that have one sample: what is left of `flat`, its classes as 0 … C − 1, and how many samples
+    each of these has."""
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    several = counts[index] > 1
+    _, index = torch.unique(index[several], return_inverse=True)
+    return flat[several], index, counts[counts > 1]
 
 
 def _flat(features: Tensor) -> Tensor:
