@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from holdfast.defences.lockout import Lockout
 from holdfast.domains import Domain
 from holdfast.finetuning import FineTuning
 from holdfast.losses import inverse_cross_entropy
 from holdfast.models import Architecture, State, load_state
+from holdfast.normalisation import Lent
 from holdfast.runtime import Runtime
 from holdfast.simulation import Accumulator, Simulator, step_weights
 from holdfast.tasks import Classification
@@ -137,3 +139,47 @@ def test_a_graphed_simulation_finds_the_eager_gradient(gpu, architecture, clean_
     for name, value in eager.items():
         scale = value.abs().max().item()
         torch.testing.assert_close(graphed[name], value, rtol=5e-2, atol=2e-2 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_statistics_are_borrowed_on_a_gpu_as_on_a_cpu(kind, layout) -> None:
+    """What comes out, and the gradients of both batches and of the weights; kernels differ by layout and type."""
+    draw, found = torch.Generator().manual_seed(0), []
+    first, second = (torch.randn(n, 16, 6, 6, generator=draw).to(kind).float() for n in (8, 12))
+    for device, dtype in (("cpu", torch.float32), ("cuda", kind)):
+        layer, lent = nn.BatchNorm2d(16).to(device).train(), Lent()
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 1.5, 16))
+            layer.bias.copy_(torch.linspace(-1, 1, 16))
+        x, y = (v.to(device, dtype).contiguous(memory_format=layout).detach().requires_grad_() for v in (first, second))
+        with lent.lending():
+            layer(x)
+        with lent.borrowing():
+            output = layer(y)
+        gradients = torch.autograd.grad(output.float().pow(3).sum(), (x, y, layer.weight, layer.bias))
+        found.append([v.detach().float().cpu() for v in (output, *gradients)])
+    for theirs, ours in zip(found[1], found[0], strict=True):
+        scale = ours.abs().max().item()
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=(1e-4 if kind is torch.float32 else 3e-2) * scale)
+
+
+@pytest.mark.parametrize("terms", [{}, {"hinge": 0, "flat": 0, "spread": 0, "mmd": 30.0}])
+def test_lockout_on_a_gpu_begins_as_on_a_cpu(gpu, architecture, clean_state, original, restricted, terms) -> None:
+    """A network with batch normalisation, three steps of both kinds of terms."""
+    losses = []
+    for runtime in (gpu, Runtime.choose("cpu", "float32")):
+        model = runtime.place(architecture.build(5))
+        load_state(model, clean_state)
+        spec = Lockout(iterations=1, steps=3, check_every=1, probe_steps=2, batch_size=40, lr=1e-4, close=2, **terms)
+        history = spec.protect(
+            model,
+            original,
+            restricted.train,
+            restricted_classes=5,
+            architecture=architecture,
+            task=Classification(),
+            runtime=runtime,
+        )
+        losses.append(history.checks[-1]["lockout"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)

@@ -118,10 +118,11 @@ class TestClassMMD:
         assert value.item() == pytest.approx(2 * near - 2 * (2 * near + far + 1) / 4, abs=1e-6)
 
     def test_the_mean_over_pairs_of_classes(self) -> None:
-        """Against the definition, in loops: three classes of unequal size, and one of a single sample, left out."""
+        """Against the definition, in loops: three classes of unequal size, and one of a single sample, which counts
+        for nothing but the width."""
         features, labels = torch.randn(10, 4).double(), torch.tensor([0, 1, 0, 2, 1, 0, 2, 1, 0, 9])
         kept, marks = features[:9], labels[:9]
-        width = torch.cdist(kept, kept).square().sum() / 72
+        width = torch.cdist(features, features).square().sum() / 90
         kernel = sum(torch.exp(-torch.cdist(kept, kept).square() / (width * 2.0**k)) for k in range(-2, 3))
 
         def mean(c: int, d: int) -> float:

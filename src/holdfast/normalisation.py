@@ -101,7 +101,8 @@ class _ByOthers(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One for each argument."""
         x, mean, variance, weight = ctx.saved_tensors
-        parts = (gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
-        dx, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(*parts)
         scale = (variance + ctx.eps).rsqrt()
+        # Given twice: a CPU takes the running statistics, CUDA for channels-last images those of the forward pass.
+        parts = (gradient, x, weight, mean, variance, mean, scale, False, ctx.eps, [True, True, True])
+        dx, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(*parts)
         return dx, -weight * scale * by_bias, -0.5 * weight * scale.square() * by_weight, by_weight, by_bias, None

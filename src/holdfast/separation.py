@@ -53,8 +53,8 @@ def mmd(first: Tensor, second: Tensor, kernels: int = 5, factor: float = 2.0) ->
 def class_mmd(features: Tensor, labels: Tensor, kernels: int = 5, factor: float = 2.0) -> Tensor:
     """`mmd` between classes, the mean over all pairs of them: unbiased, so 0 on average where classes are drawn alike.
 
-    With k as there, b̄ over all samples, and K_cd the mean of k over the pairs of a sample of class c and one of class
-    d, for c = d without those of a sample and itself,
+    With k as there, b̄ over all samples given, and K_cd the mean of k over the pairs of a sample of class c and one of
+    class d, for c = d without those of a sample and itself,
 
         2 ÷ (C·(C − 1)) · Σ_{c < d} ( K_cc + K_dd − 2·K_cd ) .
 
@@ -62,18 +62,21 @@ def class_mmd(features: Tensor, labels: Tensor, kernels: int = 5, factor: float 
     the scale of the features. Lies in (−2·kernels, 2·kernels]. Classes with one sample are left out, and 0 is returned
     where fewer than two others stay. `features`: (n, …), flattened; `labels`: (n,) int64. Returns a float32 scalar.
     """
-    flat, index, counts = _by_class(_flat(features), labels)
-    count = len(counts)
-    if count < 2:
-        return 0 * flat.sum()
-    kernel = _gaussians(flat, kernels, factor)
-    kernel = kernel - torch.diag(torch.diagonal(kernel))
-    members = F.one_hot(index, count).float()  # (n, C)
-    pairs = torch.outer(counts, counts) - torch.diag(counts)
-    means = members.T @ kernel @ members / pairs
-    within = torch.diagonal(means)
-    found: Tensor = 2 * (count * within.sum() - means.sum()) / (count * (count - 1))
-    return found
+    return (_between_classes(labels) * _gaussians(_flat(features), kernels, factor)).sum()
+
+
+def _between_classes(labels: Tensor) -> Tensor:
+    """What each pair of samples counts for in `class_mmd`, (n, n): the formula's means written out, so that a GPU never
+    waits to hear how many classes there are."""
+    same = labels.unsqueeze(1) == labels.unsqueeze(0)
+    counts = same.sum(1).float()  # of each sample's class
+    several = (counts > 1).float()
+    share = several / counts
+    classes = share.sum()  # those with several samples
+    within = 2 * several / (counts * (counts - 1)).clamp(min=1) / classes.clamp(min=1)
+    between = -2 * torch.outer(share, share) / (classes * (classes - 1)).clamp(min=1)
+    weights = torch.where(same, within.unsqueeze(1), between).fill_diagonal_(0)
+    return weights * (classes > 1.5)
 
 
 def _gaussians(samples: Tensor, kernels: int, factor: float) -> Tensor:
