@@ -436,26 +436,24 @@ def test_what_is_released_spreads_less_at_every_depth(locked, clean_state, origi
 
 def test_classes_are_made_alike_and_images_stay_apart(locked, original, restricted, task, runtime, clean_state) -> None:
     """`mmd` alone: on images that the defender never saw nothing tells classes apart as before, at any depth, though
-    the images differ as they did; what closes units and collapses images leaves them nothing to differ in."""
+    the images differ as they did; what closes units and collapses images leaves them nothing to differ in. The control
+    has the same images with labels drawn anew: it makes no class alike that there is."""
     architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
-    clean, alike = (architecture.build(5) for _ in range(2))
-    for model in (clean, alike):
-        model.load_state_dict(clean_state)
+    clean, alike, blind = (architecture.build(5) for _ in range(3))
+    half = restricted.halves(0)[0]
+    order = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))
+    shuffled = replace(half, labels=half.labels[order])
     spec = replace(SHORT, hinge=0, flat=0, spread=0, mmd=10)
-    history = spec.protect(
-        alike,
-        original,
-        restricted.halves(0)[0],
-        restricted_classes=5,
-        architecture=architecture,
-        task=task,
-        runtime=runtime,
-    )
+    for model in (clean, alike, blind):
+        model.load_state_dict(clean_state)
+    how = {"restricted_classes": 5, "architecture": architecture, "task": task, "runtime": runtime}
+    history = spec.protect(alike, original, half, **how)
     assert history.released
+    spec.protect(blind, original, shuffled, **how)
     images, labels = restricted.test.batch(torch.arange(len(restricted.test)), runtime)
     ours, _ = original.test.batch(torch.arange(100), runtime)
     layers, apart, spread = depths(clean, images[:4]), [], []
-    for model in (clean, alike, locked[0]):
+    for model in (clean, alike, locked[0], blind):
         values = [_values(model, layers, x) for x in (images, ours)]
         apart.append([class_mmd(v, labels).item() for v in values[0]])
         spread.append([log_spread_ratio(r, o).item() for r, o in zip(*values, strict=True)])
@@ -465,6 +463,7 @@ def test_classes_are_made_alike_and_images_stay_apart(locked, original, restrict
     assert max(shares[1:]) < 0.7
     assert all(after > before - 0.3 for before, after in zip(spread[0], spread[1], strict=True))
     assert apart[2][1] > 0.9 * apart[0][1], "images collapsed by a fifth, and classes as far apart within them"
+    assert min(a / b for a, b in zip(apart[3], apart[0], strict=True)) > 0.9, "the control"
 
 
 def test_running_statistics_are_those_of_the_weights_at_hand(original, restricted, task, runtime, clean_state) -> None:
