@@ -10,7 +10,7 @@ from torch import nn
 
 from holdfast.errors import UserError
 from holdfast.files import load_torch
-from holdfast.guard import Guard, run_guarded
+from holdfast.guard import Guard, run_guarded, weakened
 from holdfast.progress import Reporter
 from holdfast.workplace import Workplace
 
@@ -239,3 +239,109 @@ def test_a_log_has_each_line_once() -> None:
     with Reporter(stream=stream).bar("more", 3) as bar:
         bar.update(2, lambda: "asked at the end")
     assert stream.getvalue().splitlines()[2:] == ["more: 2/3 · asked at the end"]
+
+
+class TestAttempts:
+    """original = 1 − weight, tolerance 0.1; the last two of three iterations are done again where they end outside."""
+
+    @staticmethod
+    def run(moves: list[float], attempts: int, turn: int = 1, bench: Bench | None = None, workplace=None):
+        bench = bench or Bench(moves)
+        history = run_guarded(
+            bench.model,
+            {"adam": bench.optimiser},
+            bench.iterate,
+            iterations=len(moves),
+            guard=Guard(0.1, 1, turn=turn, attempts=attempts),
+            original=lambda: 1 - bench.weight(),
+            restricted=lambda: 0.5 - bench.weight(),
+            identity="x",
+            workplace=workplace or Workplace(),
+            phase=lambda i: "free" if i <= max(1, turn) else "candidate",
+            select="last",
+        )
+        return bench, history
+
+    def test_the_last_part_is_done_again_weaker_by_what_the_breach_says(self) -> None:
+        bench, history = self.run([0.01, 0.12, 0.17], attempts=2)
+        # 0.30 lost where 0.1 may be: 0.9·0.1/0.3 of the strength, from the state after iteration 1.
+        assert [(i, round(s, 6)) for i, s, _ in bench.seen] == [(1, 1), (2, 1), (3, 1), (2, 0.3), (3, 0.3)]
+        assert bench.seen[3][2] == pytest.approx(0.01)
+        assert bench.weight() == pytest.approx(0.01 + 0.3 * 0.29)
+        assert [c["iteration"] for c in history.checks] == [0, 1, 2, 3, 4, 5]
+        assert (history.released, history.rollbacks) == (5, 1)
+        assert bench.optimiser.state_dict()["state"][0]["step"].item() == 3, "two of five steps were undone"
+
+    def test_nothing_is_done_again_where_the_end_is_within_tolerance(self) -> None:
+        bench, history = self.run([0.2, 0.02, -0.15], attempts=4)
+        assert [(i, s) for i, s, _ in bench.seen] == [(1, 1), (2, 1), (3, 1)], "a breach on the way weakens nothing"
+        assert (history.released, history.rollbacks) == (3, 0)
+
+    def test_good_checks_do_not_strengthen_beyond_the_attempt(self) -> None:
+        bench, _ = self.run([0.0, 0.0, 0.0, 0.3], attempts=2, turn=1)
+        assert [s for _, s, _ in bench.seen] == pytest.approx([1, 1, 1, 1])
+        bench, _ = self.run([0.0, 0.3, 0.0, 0.0], attempts=2, turn=1)
+        assert [s for _, s, _ in bench.seen] == pytest.approx([1, 1, 1, 1, 0.3, 0.3, 0.3])
+
+    def test_attempts_end(self) -> None:
+        bench, history = self.run([0.2, 0.0, 0.0], attempts=3)
+        assert len(bench.seen) == 7, "what was lost before the turn does not come back by weaker terms"
+        assert (history.released, bench.weight()) == (0, 0)
+        assert [s for _, s, _ in bench.seen[-2:]] == pytest.approx([0.45 * 0.45**2, 0.5 * 0.45**3]), (
+            "the last attempt, of which nothing is to be kept back, is weakened at every check"
+        )
+
+    def test_from_the_start(self) -> None:
+        bench, history = self.run([0.3, 0.0], attempts=2, turn=0)
+        assert [(i, round(s, 6)) for i, s, _ in bench.seen] == [(1, 1), (2, 1), (1, 0.3), (2, 0.3)]
+        assert bench.weight() == pytest.approx(0.09)
+        assert history.released == 4
+
+    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+    def test_resuming_is_the_run_undisturbed(self, tmp_path: Path, stop: int) -> None:
+        moves = [0.01, 0.12, 0.17]
+        whole, expected = self.run(moves, attempts=2)
+        first = Bench(moves)
+        iterate = first.iterate
+
+        def dying(i: int, strength: float):
+            if len(first.seen) == stop:
+                raise InterruptedError
+            return iterate(i, strength)
+
+        first.iterate = dying
+        if stop < 5:
+            with pytest.raises(InterruptedError):
+                self.run(moves, 2, bench=first, workplace=Workplace(tmp_path, save_every_seconds=-1))
+        else:
+            self.run(moves, 2, bench=first, workplace=Workplace(tmp_path, save_every_seconds=-1))
+        second = Bench(moves, seen=list(first.seen))
+        _, history = self.run(moves, 2, bench=second, workplace=Workplace(tmp_path, resume=True))
+        assert second.seen == whole.seen
+        assert second.weight() == whole.weight()
+        assert (history.checks, history.released) == (expected.checks, expected.released)
+
+
+class TestWeakened:
+    def test_by_one_attempt(self) -> None:
+        assert weakened([(1.0, 0.06)], 0.02) == pytest.approx(0.9 / 3)
+        assert weakened([(0.5, 0.06)], 0.02) == pytest.approx(0.45 / 3)
+
+    @pytest.mark.parametrize(
+        ("before", "power"),
+        [
+            (0.045, 0.585),  # half the strength, two thirds of the fall: log 1.5 ÷ log 2
+            (0.035, 0.5),  # log 1.1667 ÷ log 2 = 0.22
+            (0.09, 1.0),  # log 3 ÷ log 2 = 1.58
+            (0.03, 0.5),  # nothing was gained
+        ],
+    )
+    def test_by_two(self, before: float, power: float) -> None:
+        found = weakened([(1.0, before), (0.5, 0.03)], 0.02)
+        assert found == pytest.approx(0.5 * 0.6 ** (1 / power), rel=1e-3)
+
+    def test_after_one_that_broke(self) -> None:
+        assert weakened([(0.3, math.nan)], 0.02) == 0.15
+
+    def test_nothing_may_be_lost(self) -> None:
+        assert weakened([(1.0, 0.01)], 0.0) == 0

@@ -59,6 +59,7 @@ ORDER = [
     "statistics",
     "metrics",
     "workplace",
+    "snapshots",
     "guard",
     "defences.base",
     "defences.probing",

@@ -11,9 +11,9 @@ import holdfast
 from holdfast.bundle import Bundle, load_bundle
 from holdfast.domains import public_name
 from holdfast.errors import UserError
-from holdfast.guard import History
 from holdfast.models import save_weights, state_of
 from holdfast.recipes import parse_recipe
+from holdfast.snapshots import History
 
 
 class Mine(nn.Module):

@@ -5,44 +5,29 @@ A defence brings one function that improves the model for one iteration; `run_gu
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from holdfast.checkpoints import Checkpoint, Clock
-from holdfast.errors import UserError, require
-from holdfast.models import State, load_state, parts_of_state
+from holdfast.checkpoints import Clock
+from holdfast.errors import require
+from holdfast.models import load_state, parts_of_state
 from holdfast.progress import Bar
 from holdfast.scales import ACCURACY, Scale
-from holdfast.sharding import own, reshard_state
+from holdfast.sharding import own
+from holdfast.snapshots import History, Measure, Phase, Progress, Stateful, restore, save, snapshot, start
 from holdfast.stopping import unfinished
 from holdfast.workplace import Workplace, Write, curves
 
-Phase = Literal["free", "guarded", "candidate"]
 Select = Literal["lowest", "last"]
-
-
-class Stateful(Protocol):
-    """An optimiser, a module, or anything else whose state goes back with the model's."""
-
-    def state_dict(self) -> Any:
-        """All of it, as tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Back to it."""
-        ...
-
-
 Iterate = Callable[[int, float], Mapping[str, float]]
-Measure = Callable[[], float]
+
+AIM = 0.9  # of what the original metric may lose: where another attempt should end
 
 
 @dataclass(frozen=True)
@@ -56,11 +41,17 @@ class Guard:
     A defence in stages says which `Phase` an iteration is in: `free` (intactness is only recorded: it is to be repaired
     later), `guarded` (kept, but the state is not yet what is to be released), or `candidate`. From one phase there is
     no way back into an earlier one, except from a NaN.
+
+    A defence whose original metric comes back only in its last part names the iteration after which that begins:
+    `turn`. Where the end has no state within tolerance, that part is done again, weaker by what the breach says
+    (`weakened`), in at most `attempts`. Until then nothing weakens it but a way back.
     """
 
     tolerance: float
     every: int
     scale: Scale = ACCURACY
+    turn: int | None = None
+    attempts: int = 1
     weaken: float = 0.5
     recover: float = 1.25
     weakest: float = 1e-3
@@ -68,17 +59,6 @@ class Guard:
     def __post_init__(self) -> None:
         require(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), but got {self.tolerance}")
         require(self.every >= 1, f"check_every must be at least 1, but got {self.every}")
-
-
-@dataclass
-class History:
-    """What happened at every check, in order; goes into the bundle and the report."""
-
-    checks: list[dict[str, float]] = field(default_factory=list)
-    rollbacks: int = 0
-    silent: int = 0  # iterations in which a loss that may fail was not finite
-    seconds: float = 0.0  # without those of probes that decide nothing
-    released: int | None = None  # the iteration whose state was released; 0: the unprotected model
 
 
 class _Watch:
@@ -101,16 +81,6 @@ class _Watch:
             return value
 
         return timed
-
-
-@dataclass
-class _Progress:
-    iteration: int
-    strength: float
-    best_score: float
-    best_iteration: int
-    baseline: float
-    history: History
 
 
 def run_guarded(
@@ -144,22 +114,21 @@ def run_guarded(
     original, restricted = (_common(m, workplace) for m in (original, restricted))
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
-    saved_state = workplace.load(checkpoint)
-    state = _start(model, optimisers, original, probe, saved_state, phase(1))
-    progress, good, best = state
+    progress = start(model, optimisers, original, probe, workplace.load(checkpoint), phase(1))
+    if guard.turn == 0 and progress.turn is None:
+        progress.turn = progress.good
     spent = progress.history.seconds
-    floor = guard.scale.floor(progress.baseline, guard.tolerance)
     clock = Clock(workplace.save_every_seconds)
-    bar_of = workplace.reporter.bar("protect", iterations, progress.iteration)
+    bar_of = workplace.reporter.bar("protect", iterations + progress.repeated, progress.iteration)
     with unfinished(group.any) as between_steps, bar_of as bar, curves(workplace) as write:
-        last = progress.iteration == iterations or (progress.iteration > 0 and done(progress.iteration))
+        last = progress.at == iterations or (progress.at > 0 and done(progress.at))
         while not last:
-            i = progress.iteration + 1
+            progress.iteration += 1
+            i = progress.at
             losses = dict(iterate(i, progress.strength))
-            progress.iteration = i
             last = i == iterations or done(i)
             for name, value in losses.items():
-                write(f"protect/{name}", value, i)
+                write(f"protect/{name}", value, progress.iteration)
             failed = {name for name, v in losses.items() if not math.isfinite(v)}
             broken = not failed <= set(may_fail)
             progress.history.silent += bool(failed)
@@ -167,18 +136,20 @@ def run_guarded(
                 if not broken:
                     settle(i)
                 measures = (original, probe, phase(i), select)
-                good, best = _check(
-                    model, optimisers, guard, floor, measures, losses, broken, progress, good, best, group.any
-                )
+                _check(model, optimisers, guard, measures, losses, broken, progress, group.any)
                 _tell(bar, write, progress.history.checks[-1], losses)
-            bar.update(i)
+            if i == guard.turn and progress.turn is None:
+                progress.turn = snapshot(model, optimisers, phase(i))
+            if last and _again(model, optimisers, guard, progress, workplace, bar):
+                last = False
+            bar.update(progress.iteration)
             progress.history.seconds = spent + watch.seconds()
-            save = partial(_save, checkpoint, model, optimisers, progress, good, best)
-            between_steps(save)
+            keep = partial(save, checkpoint, model, optimisers, progress)
+            between_steps(keep)
             due = clock.due() or last
             if group.any(due) if workplace.sharded else due:
-                clock.save(save)
-    load_state(model, best)
+                clock.save(keep)
+    load_state(model, progress.best)
     progress.history.released = progress.best_iteration
     return progress.history
 
@@ -196,123 +167,88 @@ def _common(measure: Measure, workplace: Workplace) -> Measure:
     return together
 
 
-Good = dict[str, Any]
-
-
 def _check(
     model: nn.Module,
     optimisers: Mapping[str, Stateful],
     guard: Guard,
-    floor: float,
     measures: tuple[Measure, Measure, Phase, Select],
     losses: Mapping[str, float],
     broken: bool,
-    progress: _Progress,
-    good: Good,
-    best: State,
+    progress: Progress,
     agreed: Callable[[bool], bool],
-) -> tuple[Good, State]:
-    """Measure; accept the state or go back. Returns the last good and the best state."""
+) -> None:
+    """Measure; accept the state or go back."""
     original, restricted, phase, select = measures
     broken = agreed(broken or not all(bool(own(v).isfinite().all()) for v in model.state_dict().values()))
     kept = math.nan if broken else original()
-    breach = broken or (kept < floor and phase != "free")
+    breach = broken or (kept < guard.scale.floor(progress.baseline, guard.tolerance) and phase != "free")
     entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
     if breach:
-        if broken or good["phase"] == phase:
-            _restore(model, optimisers, good)
+        back = broken or progress.good["phase"] == phase
+        if back:
+            restore(model, optimisers, progress.good)
             progress.history.rollbacks += 1
             entry["rolled_back"] = 1.0
-        progress.strength = max(guard.weakest, progress.strength * guard.weaken)
+        if back or not _attempts_left(guard, progress):
+            progress.strength = max(guard.weakest, progress.strength * guard.weaken)
     else:
         score = math.inf if phase == "free" else restricted()
         entry["restricted"] = score
-        good = _snapshot(model, optimisers, phase)
-        progress.strength = min(1.0, progress.strength * guard.recover)
+        progress.good = snapshot(model, optimisers, phase)
+        progress.strength = min(progress.ceiling, progress.strength * guard.recover)
         if phase == "candidate" and (select == "last" or score < progress.best_score):
             progress.best_score, progress.best_iteration = score, progress.iteration
-            best = parts_of_state(model)
+            progress.best = parts_of_state(model)
     progress.history.checks.append({k: v for k, v in entry.items() if math.isfinite(v)})
-    return good, best
 
 
-def _snapshot(model: nn.Module, optimisers: Mapping[str, Stateful], phase: Phase) -> Good:
-    return {
-        "phase": phase,
-        "model": parts_of_state(model),
-        "optimisers": {n: _on_host(o.state_dict()) for n, o in optimisers.items()},
-    }
+def _attempts_left(guard: Guard, progress: Progress) -> bool:
+    return guard.turn is not None and len(progress.tries) + 1 < guard.attempts
 
 
-def _on_host(value: Any) -> Any:
-    """A copy whose tensors lie in the host's memory: a device has none to spare for two Adams' state once more."""
-    if isinstance(value, Tensor):
-        return own(value.detach()).cpu().clone()
-    if isinstance(value, dict):
-        return {k: _on_host(v) for k, v in value.items()}
-    return [_on_host(v) for v in value] if isinstance(value, list) else copy.deepcopy(value)
-
-
-def _restore(model: nn.Module, optimisers: Mapping[str, Stateful], good: Good) -> None:
-    load_state(model, good["model"])
-    for name, optimiser in optimisers.items():
-        optimiser.load_state_dict(copy.deepcopy(good["optimisers"][name]))
-        if isinstance(optimiser, torch.optim.Optimizer):
-            reshard_state(optimiser)
-
-
-def _start(
+def _again(
     model: nn.Module,
     optimisers: Mapping[str, Stateful],
-    original: Measure,
-    restricted: Measure,
-    saved: Mapping[str, Any] | None,
-    phase: Phase,
-) -> tuple[_Progress, Good, State]:
-    """From what a checkpoint held where there is one to resume, else from the unprotected model."""
-    if saved is not None:
-        _restore(model, optimisers, saved["now"])
-        history = History(saved["checks"], saved["rollbacks"], saved.get("silent", 0), saved["seconds"])
-        fields = {k: saved[k] for k in ("iteration", "strength", "best_score", "best_iteration", "baseline")}
-        return _Progress(**fields, history=history), saved["good"], saved["best"]
-    baseline, score = original(), restricted()
-    if not math.isfinite(baseline):
-        raise UserError("the unprotected model's original metric is not a number; check its weights")
-    first = {"iteration": 0.0, "original": baseline, "restricted": score, "strength": 1.0}
-    return (
-        _Progress(0, 1.0, score, 0, baseline, History([first])),
-        _snapshot(model, optimisers, phase),
-        parts_of_state(model),
+    guard: Guard,
+    progress: Progress,
+    workplace: Workplace,
+    bar: Bar,
+) -> bool:
+    """Whether the last part is to be done again: then everything is back at its beginning, and weaker."""
+    if progress.best_iteration or progress.turn is None or not _attempts_left(guard, progress):
+        return False
+    check = progress.history.checks[-1]
+    allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
+    progress.tries.append((progress.ceiling, progress.baseline - check.get("original", math.nan)))
+    progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
+    restore(model, optimisers, progress.turn)
+    progress.good = progress.turn
+    check["rolled_back"] = 1.0
+    progress.history.rollbacks += 1
+    again = progress.at - (guard.turn or 0)
+    progress.repeated += again
+    bar.extend(again)
+    kept = guard.scale.shown(check.get("original"))
+    workplace.reporter.say(
+        f"protect: {kept} on the original domain at the end, below the tolerance; the last {again} iterations again, "
+        f"with restricted terms at {progress.strength:.2g}"
     )
+    return True
 
 
-def _save(
-    checkpoint: Checkpoint | None,
-    model: nn.Module,
-    optimisers: Mapping[str, Stateful],
-    progress: _Progress,
-    good: Good,
-    best: State,
-) -> None:
-    if checkpoint is None:
-        return
-    history = progress.history
-    checkpoint.save(
-        {
-            "iteration": progress.iteration,
-            "strength": progress.strength,
-            "best_score": progress.best_score,
-            "best_iteration": progress.best_iteration,
-            "baseline": progress.baseline,
-            "checks": history.checks,
-            "rollbacks": history.rollbacks,
-            "silent": history.silent,
-            "seconds": history.seconds,
-            "now": _snapshot(model, optimisers, "candidate"),
-            "good": good,
-            "best": best,
-        }
-    )
+def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
+    """Strength for another attempt, after `tries`: pairs of a strength and the fall that it ended with, each more than
+    `allowed`. A fall is taken to grow as strengthᵖ, with p between a half and one: from the last two attempts, or one
+    where there has been but one. After one that broke: half of it."""
+    strength, fall = tries[-1]
+    if not math.isfinite(fall):
+        return strength / 2
+    power = 1.0
+    if len(tries) > 1:
+        stronger, further = tries[-2]
+        comparable = further > fall > 0 and stronger > strength
+        power = math.log(further / fall) / math.log(stronger / strength) if comparable else 0.5
+    return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.5, power)))
 
 
 def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:

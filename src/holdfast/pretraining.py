@@ -15,11 +15,11 @@ from holdfast.domains import Domain
 from holdfast.errors import UserError
 from holdfast.files import save_every_seconds
 from holdfast.finetuning import FineTuning
-from holdfast.guard import Stateful
 from holdfast.models import Architecture, State, load_state, state_of
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
+from holdfast.snapshots import Stateful
 from holdfast.stopping import unfinished
 from holdfast.tasks import Loss, Task
 from holdfast.training import Batch, Forward, evaluate, fit, minibatches, plain

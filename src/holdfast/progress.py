@@ -95,6 +95,12 @@ class Bar:
         self._read()
         return self.done, self.note
 
+    def extend(self, by: int) -> None:
+        """There is more to do than was thought."""
+        self.total += by
+        if self.live is not None:
+            self.live.update(self.task, total=self.total)
+
     def advance(self, note: str | None = None) -> None:
         """One more is done."""
         self.update(self.done + 1, note)

@@ -13,12 +13,12 @@ from holdfast.bundle import Bundle
 from holdfast.defences.registry import measure_states
 from holdfast.domains import public_name
 from holdfast.files import write_json
-from holdfast.guard import History
 from holdfast.inputs import Inputs
 from holdfast.models import State, state_of
 from holdfast.progress import duration
 from holdfast.pruning import PRUNED, pruned
 from holdfast.runtime import peak_memory_mb, reset_peak_memory, threads
+from holdfast.snapshots import History
 from holdfast.workplace import Workplace
 
 SILENT = "protect: all simulated adversaries diverged in {} of {} iterations, and nothing was suppressed there"

@@ -18,10 +18,11 @@ from holdfast.domains import Domain, ImageData
 from holdfast.errors import require
 from holdfast.features import Tap
 from holdfast.finetuning import FineTuning
-from holdfast.guard import Guard, History, Phase, Select, Stateful, run_guarded
+from holdfast.guard import Guard, Select, run_guarded
 from holdfast.models import Architecture
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
+from holdfast.snapshots import History, Phase, Stateful
 from holdfast.tasks import Task
 from holdfast.training import Batch, evaluate, minibatches
 from holdfast.workplace import Workplace
@@ -117,13 +118,16 @@ class Engine(ABC):
     """The moving parts of one protection: `length` iterations; `states`: what goes back with the model after a breach;
     `restricted_metric`: what the curve shows, and the selection may look at, lower is better; `may_fail`: losses that
     are NaN in an iteration that had nothing to say, though the model is whole; `settling`: the size of the batches with
-    which running statistics are taken anew before a check (`Given.settle`), 0 where they are left."""
+    which running statistics are taken anew before a check (`Given.settle`), 0 where they are left; `turn`, `attempts`:
+    where the last part begins, and how often it is tried (`holdfast.guard.Guard`)."""
 
     length: int
     states: Mapping[str, Stateful]
     restricted_metric: Callable[[], float]
     may_fail: ClassVar[Collection[str]] = ()
     settling: int = 0
+    turn: int | None = None
+    attempts: int = 1
 
     @abstractmethod
     def iterate(self, iteration: int, strength: float) -> Mapping[str, float]:
@@ -245,7 +249,7 @@ class Guarded:
             engine.states,
             engine.iterate,
             iterations=engine.length,
-            guard=Guard(self.tolerance, self.check_every, given.task.scale),
+            guard=Guard(self.tolerance, self.check_every, given.task.scale, engine.turn, engine.attempts),
             original=given.original_metric,
             restricted=engine.restricted_metric,
             identity=identity,

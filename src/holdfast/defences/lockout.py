@@ -32,12 +32,13 @@ from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.features import Taps
 from holdfast.finetuning import FineTuning, Initialise
-from holdfast.guard import Phase, Select
+from holdfast.guard import Select
 from holdfast.models import load_state
 from holdfast.normalisation import Lent
 from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
 from holdfast.separation import class_mmd, fisher_ratio
+from holdfast.snapshots import Phase
 from holdfast.tasks import Task
 from holdfast.training import Beside, fit
 
@@ -89,6 +90,7 @@ class Lockout(Guarded):
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.02
+    attempts: int = 4  # at that last part, each weaker, where the one before ended outside of the tolerance
     check_every: int = 3
     probe_steps: int = 50
     released: ClassVar[Select] = "last"
@@ -96,7 +98,7 @@ class Lockout(Guarded):
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        require_positive(self, "iterations", "steps", "check_every", "probe_steps")
+        require_positive(self, "iterations", "steps", "attempts", "check_every", "probe_steps")
         require_rates(self, "lr")
         require(self.batch_size >= 2, f"batch_size must be at least 2, but got {self.batch_size}")
         for name in ("close", "spared"):
@@ -183,6 +185,7 @@ class _Engine(Engine):
         self.simulation = spec.sophon.engine(given) if spec.sophon else None
         if spec.sophon:
             self.length += spec.sophon.iterations
+        self.turn, self.attempts = self.length - self._repairing(), spec.attempts
         self.head = given.head()
         self.places = Places(given, spec.close, spec.spared)
         found = len(self.places.closed)

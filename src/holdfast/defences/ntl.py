@@ -21,11 +21,11 @@ from holdfast.defences.base import (
 from holdfast.defences.probing import Prober
 from holdfast.errors import require
 from holdfast.features import Tap
-from holdfast.guard import Phase
 from holdfast.neighbourhood import Making
 from holdfast.optimisers import adam
 from holdfast.seeding import seeded
 from holdfast.separation import mmd
+from holdfast.snapshots import Phase
 from holdfast.training import fit
 
 

@@ -21,11 +21,11 @@ from holdfast.defences.base import (
 )
 from holdfast.defences.probing import Prober
 from holdfast.errors import require
-from holdfast.guard import Phase
 from holdfast.optimisers import adam
 from holdfast.pruning import ADMM, BUDGETS, Mask, keep_largest, prunable, soft_threshold, sparsity
 from holdfast.seeding import seeded
 from holdfast.separation import fisher_ratio, mmd
+from holdfast.snapshots import Phase
 from holdfast.tasks import Task
 from holdfast.training import Beside, fit
 

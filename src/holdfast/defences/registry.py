@@ -20,10 +20,10 @@ from holdfast.defences.unsir import UNSIR
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import unknown
 from holdfast.finetuning import FineTuning
-from holdfast.guard import History
 from holdfast.models import Architecture, State, load_state
 from holdfast.progress import Reporter
 from holdfast.runtime import Runtime
+from holdfast.snapshots import History
 from holdfast.tasks import Task
 from holdfast.workplace import Workplace
 

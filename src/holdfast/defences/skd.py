@@ -25,12 +25,12 @@ from holdfast.domains import ImageData
 from holdfast.errors import require
 from holdfast.features import Tap, last_rectifier, silences
 from holdfast.finetuning import FineTuning
-from holdfast.guard import Phase
 from holdfast.layers import WEIGHT_LAYERS, evaluating
 from holdfast.models import load_state
 from holdfast.optimisers import adam
 from holdfast.runtime import Runtime
 from holdfast.seeding import derive, seeded
+from holdfast.snapshots import Phase
 from holdfast.training import fit
 
 

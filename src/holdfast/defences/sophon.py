@@ -16,11 +16,12 @@ from holdfast.defences.adversaries import Adversaries
 from holdfast.defences.base import Engine, Given, require_positive, require_rates, require_tolerance
 from holdfast.defences.probing import Prober
 from holdfast.errors import require, unknown
-from holdfast.guard import Phase, Select
+from holdfast.guard import Select
 from holdfast.models import load_state
 from holdfast.optimisers import OPTIMISERS, adam
 from holdfast.seeding import derive, seeded
 from holdfast.simulation import GAMMAS, Accumulator, Simulator, step_weights, thinned
+from holdfast.snapshots import Phase
 from holdfast.tasks import Loss, Task
 from holdfast.training import Forward, fit
 

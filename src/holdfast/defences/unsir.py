@@ -14,10 +14,10 @@ from holdfast.defences.base import Engine, Given, Guarded, require_positive, req
 from holdfast.defences.probing import Prober
 from holdfast.domains import sample
 from holdfast.errors import require
-from holdfast.guard import Phase
 from holdfast.models import load_state
 from holdfast.optimisers import adam
 from holdfast.seeding import derive, generator, seeded
+from holdfast.snapshots import Phase
 from holdfast.tasks import Task
 from holdfast.training import evaluate, fit
 
