@@ -271,6 +271,31 @@ class TestResume:
         code, _, err = cli(*call, "audit.seeds=3", "--resume")
         assert code == 0, err
 
+    def test_a_larger_battery_adds_what_the_smaller_one_had_not(
+        self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        """Searches and from-scratch runs that attacks of both share are taken over: the end is that of a fresh run."""
+        recipe, expected = undisturbed
+        out = tmp_path / "run"
+        shutil.copytree(expected, out)
+        before = (out / "records.jsonl").read_bytes()
+        call = (capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--set")
+        for more in (("audit.battery=quick",), ("audit.battery=slc", "--resume")):
+            code, _, err = cli(*call, *more)
+            assert code == 2
+            assert f"audit.battery was paper-default, is {more[0].partition('=')[2]}" in err
+        assert (out / "records.jsonl").read_bytes() == before
+        code, _, err = cli(*call, "audit.battery=quick", "--resume")
+        assert code == 0, err
+        assert (out / "records.jsonl").read_bytes().startswith(before)
+        fresh = tmp_path / "fresh"
+        code, _, err = cli(capsys, monkeypatch, "run", recipe, "--out", fresh, "--set", "audit.battery=quick")
+        assert code == 0, err
+        assert values(out) == values(fresh)
+        found = [json.loads((f / "summary.json").read_text())["restricted"] for f in (out, fresh)]
+        assert [s["battery"] for s in found[0]["strengths"]] == ["paper-default-v1", "quick-v2"]
+        assert found[0]["worst"] == found[1]["worst"]
+
     def test_terminated_after_the_step_at_hand(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         """SIGTERM saves what no timer has saved, and the run goes on from there to the same end."""
         recipe, expected = undisturbed

@@ -183,3 +183,23 @@ def test_a_torn_search_is_done_again_and_a_whole_one_is_not(bench: Bench, tmp_pa
     assert all(c.attack.search is None and c.attack.tuning.lr == c.setting["lr"] for c in final if c.setting)
     assert all(c.setting for c in final)
     assert final[0].simulated == (True,)
+
+
+def test_what_attacks_of_a_larger_battery_share_with_a_smaller_one_is_copied(bench: Bench, tmp_path: Path) -> None:
+    """One control serves both attacks; with the first one's at hand, that of the second is not measured again."""
+    from holdfast.attacks.attack import Search
+    from holdfast.audit import run_searches
+
+    first = replace(ATTACKS[0], search=Search(lr=(1e-3, 1e-2), extend=0))
+    twin = replace(first, name="twin", tuning=replace(first.tuning, train="lora"))
+    files, quiet = AuditFiles(tmp_path), Reporter(quiet=True)
+    for attacks in ([first], [first, twin]):
+        chosen = run_searches(plan_searches(attacks), bench, files.searches, quiet, jobs=1)
+        run_audit(plan_cells(attacks, 1, chosen, lambda *_: False), bench, files.records, quiet, jobs=1)
+    searches = [s for s in files.searches.read() if s.model == "scratch"]
+    assert [s.attacks for s in searches] == [["plain"], ["twin"]]
+    assert replace(searches[1], attacks=["plain"]) == searches[0], "seconds and all"
+    scratch = [[r for r in files.records.read() if r.model == "scratch" and r.attack == n] for n in ("plain", "twin")]
+    assert [replace(r, attack="plain") for r in scratch[1]] == scratch[0]
+    assert len(scratch[0]) > 2
+    assert {r.attack for r in files.records.read() if r.model == "protected"} == {"plain", "twin"}

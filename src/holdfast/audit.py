@@ -7,7 +7,7 @@ with one seed. Both are independent of each other, run in parallel, and are appe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from holdfast.cells import Bench, CellSpec, End, run_cell
 from holdfast.errors import require
 from holdfast.finetuning import FineTuning
 from holdfast.progress import Reporter
-from holdfast.records import LineFile, RecordFile, SearchRecord
+from holdfast.records import Cell, LineFile, Record, RecordFile, SearchRecord
 from holdfast.search import SEED, resolved, run_search
 from holdfast.workers import run_all
 
@@ -178,6 +178,13 @@ def run_searches(
     known = file.read()
     file.keep(known)  # without a torn last line
     done = {(s.model, n) for s in known for n in s.attacks}
+    for spec in specs:
+        new = [n for n in spec.names if (spec.model, n) not in done]
+        if 0 < len(new) < len(spec.names):  # by a smaller battery, for some of those that share it
+            found = next(s for s in known if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names))
+            known.append(replace(found, attacks=new))
+            file.append(known[-1:])
+            done |= {(spec.model, n) for n in new}
     left = [s for s in specs if not all((s.model, n) in done for n in s.names)]
     if left:
         with reporter.bar("search", len(specs), len(specs) - len(left)) as bar:
@@ -200,6 +207,7 @@ def run_audit(
     """Run the cells that `file` lacks; see `workers.run_all` for `jobs` and `ray`. `kept` is given the models that are
     to be kept, before their records are written."""
     done = file.recover()
+    done |= _shared(specs, file, done)
     left = [s for s in specs if not all((s.model, name, s.seed) in done for name in s.names)]
     if not left:
         return
@@ -213,3 +221,19 @@ def run_audit(
             last = next(r for r in reversed(found.records) if r.split == "test")
             scale = bench.task.scale
             bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {scale.name} {scale.shown(last.value)}")
+
+
+def _shared(specs: Sequence[CellSpec], file: RecordFile, done: Set[Cell]) -> set[Cell]:
+    """Copy from-scratch records that an audit by a smaller battery has under some of a cell's names to the others;
+    returns the cells that are whole by it."""
+    copied: list[Record] = []
+    records = file.read()
+    for spec in specs:
+        new = [i for i, n in enumerate(spec.names) if (spec.model, n, spec.seed) not in done]
+        if 0 < len(new) < len(spec.names):
+            there = next(n for n in spec.names if (spec.model, n, spec.seed) in done)
+            found = [r for r in records if (r.model, r.attack, r.seed) == (spec.model, there, spec.seed)]
+            copied += [replace(r, attack=spec.names[i], simulated=spec.simulated[i]) for i in new for r in found]
+    if copied:
+        file.append(copied)
+    return {(r.model, r.attack, r.seed) for r in copied}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.attacks.batteries import BATTERIES
 from holdfast.audit import AuditFiles
 from holdfast.cells import CellSpec
 from holdfast.errors import UserError, require
@@ -20,19 +21,21 @@ from holdfast.records import Record
 
 CONTROLS = ("clean", "scratch")
 SECTIONS = ("original", "restricted", "benign", "seed", "audit")  # of the recipe
-FACTS = ("python", "versions", "revision", "hardware", "battery", "model")  # of provenance
+FACTS = ("python", "versions", "revision", "hardware", "model")  # of provenance
 
 
 def check_controls(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> set[str]:
     """Names of the provenance entries in `folder` whose records serve this run. `UserError` where there are none: other
     data, clean weights, audit, versions or hardware. How many audit seeds there were does not matter: a cell is of one,
-    a search of none, and a run to which seeds were added serves as one that had them from the start."""
+    a search of none, and a run to which seeds were added serves as one that had them from the start; nor that its
+    battery lies within this one's, or did before it was made larger."""
     for name in ("run.json", "provenance.json"):
         require((folder / name).is_file(), f"controls: {folder} holds no audited run (no {name})")
     theirs = read_json(folder / "run.json")["recipe"]
     own = json.loads(json.dumps(recipe))  # tuples as the lists that a file holds
     for audited in (theirs, own):
-        audited["audit"].pop("seeds", None)
+        for name in ("seeds", "battery"):  # of the battery each entry speaks
+            audited["audit"].pop(name, None)
     sections = [n for n in SECTIONS if theirs.get(n) != own.get(n)]
     wrong = {
         name: sections + _differences(entry, facts) for name, entry in read_json(folder / "provenance.json").items()
@@ -50,20 +53,27 @@ def _differences(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str
     wrong = [n for n in FACTS if entry.get(n) != json.loads(json.dumps(facts.get(n)))]
     ours, theirs = facts["content_sha256"], entry["content_sha256"]
     wrong += [n for n in ours.keys() & theirs.keys() - {"weights", "protected"} if ours[n] != theirs[n]]
+    if not _held(entry.get("battery"), facts["battery"]):
+        wrong.append("battery")
     same = entry["weights_sha256"]["clean"] == facts["weights_sha256"]["clean"]
     return wrong if same else [*wrong, "clean weights"]
+
+
+def _held(theirs: Any, ours: str) -> bool:
+    """Whether the attacks of one battery are all in another; both by their titles, and of this release."""
+    by_title = {b.title: b for b in BATTERIES.values()}
+    return theirs == ours or (theirs in by_title and by_title[ours].holds(by_title[theirs]))
 
 
 def adopt_searches(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
     """Copy the controls' searches that `specs` ask for and `files` lack, of the provenances `good`; how many."""
     done = {(s.model, n) for s in files.searches.read() for n in s.attacks}
-    found = []
-    for spec in (s for s in specs if s.model in CONTROLS):
-        for search in AuditFiles(folder).searches.read():
-            same = search.model == spec.model and set(spec.names) <= set(search.attacks) and search.provenance in good
-            if same and not all((spec.model, n) in done for n in spec.names):
-                found.append(replace(search, attacks=list(spec.names), provenance=provenance))
-                break
+    found, theirs = [], [s for s in AuditFiles(folder).searches.read() if s.provenance in good]
+    for spec in (s for s in specs if s.model in CONTROLS and not all((s.model, n) in done for n in s.names)):
+        named = set(spec.names)
+        same = [s for s in theirs if s.model == spec.model and named.intersection(s.attacks)]
+        if same and named <= {n for s in same for n in s.attacks}:
+            found.append(replace(same[0], attacks=list(spec.names), provenance=provenance))
     if found:
         files.searches.append(found)
     return len(found)

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,17 +125,18 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.path / "run.json"
 
-    def check(self, identity: dict[str, Any], resume: bool = False) -> None:
+    def check(self, identity: dict[str, Any], resume: bool = False, before: Iterable[Mapping[str, Any]] = ()) -> None:
         """`UserError` where the folder is not free for the run that `identity` describes. Nothing is written.
 
-        A new or empty folder is free, and one that holds the same run; to `resume`, also with fewer audit seeds.
+        A new or empty folder is free, and one that holds the same run; to `resume`, also one of those `before`, whose
+        results stand in this one.
         """
         mine = fingerprint(identity)
         if self.manifest.exists():
             held = read_json(self.manifest)
             theirs = held.get("fingerprint") if isinstance(held, dict) else None
             require(
-                theirs in (mine, *(_with_fewer_seeds(identity) if resume else ())),
+                theirs == mine or (resume and theirs in [fingerprint(b) for b in before]),
                 f"{self.path} belongs to another run ({_title(held)}, fingerprint {theirs}; this one is {mine}"
                 f"{_differing(held, identity)}); choose another --out, or run with the recipe and options that made it",
             )
@@ -150,11 +151,13 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def claim(self, identity: dict[str, Any], resume: bool = False) -> Iterator[None]:
-        """Take the folder for a run, or refuse it untouched, and hold it for the length of the block."""
-        self.check(identity, resume)
+    def claim(
+        self, identity: dict[str, Any], resume: bool = False, before: Collection[Mapping[str, Any]] = ()
+    ) -> Iterator[None]:
+        """Take the folder for a run, or refuse it untouched, and hold it for the length of the block. See `check`."""
+        self.check(identity, resume, before)
         with self.lock():
-            self.check(identity, resume)
+            self.check(identity, resume, before)
             if not self.manifest.exists() or read_json(self.manifest)["fingerprint"] != fingerprint(identity):
                 write_json(self.manifest, {"schema": 1, "fingerprint": fingerprint(identity), **identity})
             yield
@@ -173,14 +176,6 @@ class RunFolder:
             except OSError:
                 raise UserError(f"{self.path} is in use by another holdfast process; wait for it or stop it") from None
             yield
-
-
-def _with_fewer_seeds(identity: Mapping[str, Any]) -> Iterator[str]:
-    """Fingerprints of the same run with 1, 2, … audit seeds: what it measured with them stands with more."""
-    recipe = identity.get("recipe") or {}
-    audit = recipe.get("audit") or {}
-    for seeds in range(1, audit.get("seeds") or 0):
-        yield fingerprint({**identity, "recipe": {**recipe, "audit": {**audit, "seeds": seeds}}})
 
 
 def _differing(held: Any, identity: Mapping[str, Any], most: int = 3) -> str:

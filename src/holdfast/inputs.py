@@ -12,7 +12,7 @@ from torch import Tensor, arange, nn
 
 from holdfast import models
 from holdfast.attacks.attack import Attack, attack_facts
-from holdfast.attacks.batteries import battery
+from holdfast.attacks.batteries import BATTERIES, battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import read_weights
 from holdfast.cells import Bench, Ground
@@ -256,6 +256,17 @@ class Inputs:
             identity["protected"] = str(Path(self.protected).expanduser().resolve())
         return identity
 
+    def smaller(self) -> list[dict[str, Any]]:
+        """Identities of runs whose results stand in this one: the same with fewer audit seeds, with a battery that lies
+        within this one's, or both."""
+        own, audit = self.identity(), self.recipe.audit
+        inner = [n for n, b in BATTERIES.items() if battery(audit.battery).holds(b)]
+        return [
+            {**own, "recipe": {**own["recipe"], "audit": {**own["recipe"]["audit"], "battery": name, "seeds": seeds}}}
+            for name in (audit.battery, *inner)
+            for seeds in range(1, audit.seeds + 1)
+        ]
+
     @cached_property
     def content(self) -> dict[str, Any]:
         """Hashes of what the run rests on: the data as decoded, and weights that were given. Paths alone do not tell
@@ -277,9 +288,11 @@ class Inputs:
 
     @property
     def work_identity(self) -> str:
-        """The name that checkpoints carry; they know no audit seeds, of which there may be more when work goes on."""
+        """The name that checkpoints carry; they know neither audit seeds nor battery, of which there may be more when
+        work goes on."""
         identity = self.identity()
-        identity["recipe"]["audit"].pop("seeds")
+        for name in ("seeds", "battery"):
+            identity["recipe"]["audit"].pop(name)
         return fingerprint({**identity, "content": self.content})
 
     def facts(self, attacks: Sequence[Attack], left_out: Mapping[str, str]) -> dict[str, Any]:

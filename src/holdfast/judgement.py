@@ -105,12 +105,11 @@ def strengths(trial: Trial, whole: Judgement) -> list[dict[str, Any]]:
     outer = BATTERIES.get(name)
     if outer is None or version != str(outer.version) or name in NARROW:
         return []
-    every = {a.name: a for a in outer.attacks}
-    more = not every.keys() >= {m.name for m in trial.test}
+    more = not {a.name for a in outer.attacks} >= {m.name for m in trial.test}
     inner = [
         b
         for b in sorted(BATTERIES.values(), key=lambda b: len(b.attacks))
-        if (more or b is not outer) and b.name not in NARROW and all(every.get(a.name) == a for a in b.attacks)
+        if (more or b is not outer) and b.name not in NARROW and outer.holds(b)
     ]
     found = [(b.title, judge(part)) for b in inner if (part := trial.within(b)).test]
     title = f"{outer.title} and the recipe's own" if more else outer.title

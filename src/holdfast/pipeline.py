@@ -53,11 +53,11 @@ NOT_FOR_RELEASE = "# {}, before protection\n\nNot for release.\n"  # the clean m
 class Run:
     """One recipe at work in one folder. Stages are methods; each leaves its files whole or not at all.
 
-    `resume`: continue stages that have begun, with more audit seeds than before or as many; without it, a stage that
-    has files is refused. `controls`: the folder of another run on the same data and clean weights, whose clean and
-    from-scratch results are taken over. `shared`: a clean model to take instead of pre-training the same; neither is
-    part of what makes the run this run. `group`: the processes that torchrun has started; they share pre-training and
-    protection, and the first does what is left.
+    `resume`: continue stages that have begun, with more audit seeds than before or as many, and with a battery that
+    holds the one before; without it, a stage that has files is refused. `controls`: the folder of another run on the
+    same data and clean weights, whose clean and from-scratch results are taken over. `shared`: a clean model to take
+    instead of pre-training the same; neither is part of what makes the run this run. `group`: the processes that
+    torchrun has started; they share pre-training and protection, and the first does what is left.
     """
 
     inputs: Inputs
@@ -84,7 +84,8 @@ class Run:
         with ExitStack() as held:
 
             def hold() -> None:
-                held.enter_context(RunFolder(self.out).claim(self.inputs.identity(), self.resume))
+                folder, given = RunFolder(self.out), self.inputs
+                held.enter_context(folder.claim(given.identity(), self.resume, given.smaller()))
 
             self.group.agreed(hold)
             yield

@@ -32,6 +32,11 @@ class Battery:
         """`quick-v1`."""
         return f"{self.name}-v{self.version}"
 
+    def holds(self, inner: Battery) -> bool:
+        """Whether all of another one's attacks are in this one, each as it is there."""
+        own = {a.name: a for a in self.attacks}
+        return all(own.get(a.name) == a for a in inner.attacks) and self.probes >= inner.probes
+
     def within(self, steps: int) -> tuple[Attack, ...]:
         """The attacks, each with its share of a budget of `steps` optimiser steps."""
         return tuple(a.within(steps) for a in self.attacks)
