@@ -287,7 +287,7 @@ class TestAttempts:
         bench, history = self.run([0.2, 0.0, 0.0], attempts=3)
         assert len(bench.seen) == 7, "what was lost before the turn does not come back by weaker terms"
         assert (history.released, bench.weight()) == (0, 0)
-        assert [s for _, s, _ in bench.seen[-2:]] == pytest.approx([0.45 * 0.45**2, 0.5 * 0.45**3]), (
+        assert [s for _, s, _ in bench.seen[-2:]] == pytest.approx([0.45 * 0.45**4, 0.5 * 0.45**5]), (
             "the last attempt, of which nothing is to be kept back, is weakened at every check"
         )
 
@@ -331,9 +331,10 @@ class TestWeakened:
         ("before", "power"),
         [
             (0.045, 0.585),  # half the strength, two thirds of the fall: log 1.5 ÷ log 2
-            (0.035, 0.5),  # log 1.1667 ÷ log 2 = 0.22
+            (0.038, 0.341),  # log 1.2667 ÷ log 2
+            (0.035, 0.25),  # log 1.1667 ÷ log 2 = 0.22
             (0.09, 1.0),  # log 3 ÷ log 2 = 1.58
-            (0.03, 0.5),  # nothing was gained
+            (0.03, 0.25),  # nothing was gained
         ],
     )
     def test_by_two(self, before: float, power: float) -> None:

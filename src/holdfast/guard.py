@@ -238,7 +238,7 @@ def _again(
 
 def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
     """Strength for another attempt, after `tries`: pairs of a strength and the fall that it ended with, each more than
-    `allowed`. A fall is taken to grow as strengthᵖ, with p between a half and one: from the last two attempts, or one
+    `allowed`. A fall is taken to grow as strengthᵖ, with p between a quarter and one: by the last two attempts, or one
     where there has been but one. After one that broke: half of it."""
     strength, fall = tries[-1]
     if not math.isfinite(fall):
@@ -247,8 +247,8 @@ def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
     if len(tries) > 1:
         stronger, further = tries[-2]
         comparable = further > fall > 0 and stronger > strength
-        power = math.log(further / fall) / math.log(stronger / strength) if comparable else 0.5
-    return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.5, power)))
+        power = math.log(further / fall) / math.log(stronger / strength) if comparable else 0.25
+    return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.25, power)))
 
 
 def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:
