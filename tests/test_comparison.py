@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from holdfast.attacks.attack import Attack, Search
+from holdfast.audit import AuditFiles, plan_searches
 from holdfast.comparison import check_comparison, plan_comparison, presets_of, run_comparison
+from holdfast.controls import adopt_searches
 from holdfast.domains import Domain, DomainSpec, load_domain
 from holdfast.errors import UserError
+from holdfast.finetuning import FineTuning
 from holdfast.inputs import Inputs, Pixels
 from holdfast.intactness import ORIGINAL
 from holdfast.pipeline import Run
 from holdfast.preprocessing import Preprocessing
 from holdfast.recipes import load_recipe
+from holdfast.records import SearchRecord
 from holdfast.report.compare import as_markdown, write_comparison
 from holdfast.report.frontier import in_order
 
@@ -245,6 +251,35 @@ def test_more_audit_seeds(compared: Path, several: Path, tmp_path: Path) -> None
         assert controls(first) == controls(other)
         assert {r["seed"] for r in lines(other) if r["model"] == "protected" and r["attack"] == "plain"} == {0, 1, 2}
         assert next(c for c in found["ntl"][seed]["checks"] if c["name"] == "enough seeds")["passed"]
+
+
+def test_a_larger_battery(compared: Path, several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "larger"
+    shutil.copytree(compared, out)
+    found = run_comparison(plan_comparison(several, [], ["audit.battery=paper-default"], 1, out), resume=True)
+    first, other = (out / "seed-0" / name / "records.jsonl" for name in ("identity", "ntl"))
+    assert first.read_bytes().startswith((compared / first.relative_to(out)).read_bytes())
+    assert controls(first) == controls(other)
+    assert len(controls(first)) == len(set(controls(first))), "nothing twice"
+    for name in ("identity", "ntl"):
+        assert {a["name"] for a in found[name][0]["restricted"]["attacks"]} >= {"plain", "searched", "direct+all"}
+
+
+def test_a_search_is_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:
+    """One that a control has under some of its names is left to `run_searches`, which knows it for the others."""
+    attack = Attack("a", FineTuning("head", optimiser="adam"), search=Search())
+    twin = replace(attack, name="b", tuning=replace(attack.tuning, train="lora"))
+    record = SearchRecord("scratch", ["a"], [], {"lr": 0.1}, False, 8, 80, 1.0, 2.0, "theirs")
+    theirs, ours = AuditFiles(tmp_path / "theirs"), AuditFiles(tmp_path / "ours")
+    for folder in (theirs.folder, ours.folder):
+        folder.mkdir()
+    theirs.searches.append([record, replace(record, provenance="other", chosen={"lr": 0.2})])
+    specs = plan_searches([attack, twin])
+    assert adopt_searches(theirs.folder, {"theirs"}, ours, specs, "mine") == 1
+    assert ours.searches.read() == [replace(record, attacks=["a", "b"], provenance="mine")]
+    assert adopt_searches(theirs.folder, {"theirs"}, ours, specs, "mine") == 0
+    ours.searches.keep([replace(record, provenance="before")])
+    assert adopt_searches(theirs.folder, {"theirs"}, ours, specs, "mine") == 0
 
 
 def test_a_defence_that_comes_later_takes_over_all_controls(compared: Path, several: Path, tmp_path: Path) -> None:

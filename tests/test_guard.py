@@ -283,6 +283,25 @@ class TestAttempts:
         bench, _ = self.run([0.0, 0.3, 0.0, 0.0], attempts=2, turn=1)
         assert [s for _, s, _ in bench.seen] == pytest.approx([1, 1, 1, 1, 0.3, 0.3, 0.3])
 
+    def test_weaker_than_what_was_in_force(self) -> None:
+        """A NaN on the way had halved it: the next attempt starts from that, not from the whole."""
+        bench, _ = self.run([0.01, math.nan, 0.24], attempts=2)
+        # Back to 0.01 and at half strength 0.01 + 0.12 at the end: 0.9·0.1/0.13 of the half.
+        assert [round(s, 6) for _, s, _ in bench.seen[:3]] == [1, 1, 0.5]
+        assert bench.seen[3][1] == pytest.approx(0.5 * 0.09 / 0.13)
+
+    def test_a_last_check_that_broke_counts_once(self) -> None:
+        bench, history = self.run([0.01, 0.0, math.nan], attempts=2)
+        assert (history.released, history.rollbacks) == (2, 1), "there was a candidate before it"
+        bench, history = self.run([0.01, 0.3, math.nan], attempts=2)
+        assert history.rollbacks == sum("rolled_back" in c for c in history.checks)
+        assert bench.seen[3][1] == 0.5, "half of the strength of what broke"
+
+    def test_nothing_is_done_again_at_the_weakest(self) -> None:
+        bench, _ = self.run([0.5, 0.0], attempts=9)
+        assert len(bench.seen) == len({s for i, s, _ in bench.seen if i == 2}) + 1
+        assert min(s for _, s, _ in bench.seen) == 1e-3
+
     def test_attempts_end(self) -> None:
         bench, history = self.run([0.2, 0.0, 0.0], attempts=3)
         assert len(bench.seen) == 7, "what was lost before the turn does not come back by weaker terms"
@@ -343,6 +362,8 @@ class TestWeakened:
 
     def test_after_one_that_broke(self) -> None:
         assert weakened([(0.3, math.nan)], 0.02) == 0.15
+        assert weakened([(1.0, math.nan), (0.5, 0.06)], 0.02) == pytest.approx(0.15), "as after one"
+        assert weakened([(1.0, 0.12), (0.8, math.nan), (0.5, 0.06)], 0.02) == pytest.approx(0.15), "as after two"
 
     def test_nothing_may_be_lost(self) -> None:
         assert weakened([(1.0, 0.01)], 0.0) == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from holdfast.bundle import load_bundle
 from holdfast.checkpoints import read_checkpoint
 from holdfast.errors import UserError
 from holdfast.models import load_weights, save_weights
+from holdfast.pipeline import run
+from holdfast.recipes import load_recipe, parse_recipe
 from holdfast.records import RecordFile
 from test_cli import cli
 
@@ -30,6 +33,13 @@ def values(folder: Path) -> list[tuple[object, ...]]:
     """What was measured, without times."""
     records = RecordFile(folder / "records.jsonl").read()
     return sorted((r.model, r.attack, r.seed, r.step, r.split, r.value, r.loss) for r in records)
+
+
+def untimed(value: Any) -> Any:
+    """A summary without seconds, memory, and what follows from them."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if k != "cost" and "seconds" not in k and "memory" not in k}
+    return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +302,35 @@ class TestResume:
         code, _, err = cli(capsys, monkeypatch, "run", recipe, "--out", fresh, "--set", "audit.battery=quick")
         assert code == 0, err
         assert values(out) == values(fresh)
-        found = [json.loads((f / "summary.json").read_text())["restricted"] for f in (out, fresh)]
-        assert [s["battery"] for s in found[0]["strengths"]] == ["paper-default-v1", "quick-v2"]
-        assert found[0]["worst"] == found[1]["worst"]
+        found = [json.loads((f / "summary.json").read_text()) for f in (out, fresh)]
+        assert [s["battery"] for s in found[0]["restricted"]["strengths"]] == ["paper-default-v1", "quick-v2"]
+        assert untimed(found[0]) == untimed(found[1])
+
+    def test_a_battery_beside_the_recipe_s_own_attacks(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+        """One search serves the recipe's own attack and, later, the battery's with the same control."""
+        raw = yaml.safe_load(undisturbed[0].read_text())
+        tuning = {"initialise": "head", "optimiser": "adam", "lr": 1e-3, "weight_decay": 0.0}
+        own = {"name": "mine", "tuning": tuning, "edits": [{"name": "noise"}], "search": {}}
+        raw["audit"] = {"battery": "own", "steps": 8, "seeds": 1, "evaluations": 2, "attacks": [own]}
+        found = []
+        for name, batteries in (("grown", ("own", "quick")), ("fresh", ("quick",))):
+            for battery in batteries:
+                raw["audit"]["battery"] = battery
+                found.append(run(parse_recipe(raw), tmp_path / name, resume=True, quiet=True))
+        assert found[0]["restricted"]["worst"] == "mine"
+        assert untimed(found[1]) == untimed(found[2])
+        lines = [(tmp_path / f / "searches.jsonl").read_text().count("\n") for f in ("grown", "fresh")]
+        assert lines[0] == lines[1]
+
+    def test_a_battery_that_has_changed_since(self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+        out = tmp_path / "run"
+        shutil.copytree(undisturbed[1], out)
+        known = json.loads((out / "provenance.json").read_text())
+        for entry in known.values():
+            entry["battery"] = "paper-default-v0"
+        (out / "provenance.json").write_text(json.dumps(known))
+        with pytest.raises(UserError, match="paper-default-v0, whose attacks are not all in paper-default-v1"):
+            run(load_recipe(undisturbed[0]), out, resume=True, quiet=True)
 
     def test_terminated_after_the_step_at_hand(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         """SIGTERM saves what no timer has saved, and the run goes on from there to the same end."""

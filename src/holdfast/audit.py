@@ -176,15 +176,13 @@ def run_searches(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Run the searches that `file` lacks; return what was chosen, by (model, attack)."""
     known = file.read()
-    file.keep(known)  # without a torn last line
     done = {(s.model, n) for s in known for n in s.attacks}
     for spec in specs:
-        new = [n for n in spec.names if (spec.model, n) not in done]
-        if 0 < len(new) < len(spec.names):  # by a smaller battery, for some of those that share it
-            found = next(s for s in known if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names))
-            known.append(replace(found, attacks=new))
-            file.append(known[-1:])
-            done |= {(spec.model, n) for n in new}
+        there = [i for i, s in enumerate(known) if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names)]
+        if there and not all((spec.model, n) in done for n in spec.names):  # by a smaller battery, for some of them
+            known[there[0]] = replace(known[there[0]], attacks=list(spec.names))
+            done |= {(spec.model, n) for n in spec.names}
+    file.keep(known)  # also without a torn last line
     left = [s for s in specs if not all((s.model, n) in done for n in s.names)]
     if left:
         with reporter.bar("search", len(specs), len(specs) - len(left)) as bar:

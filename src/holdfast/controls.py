@@ -1,4 +1,5 @@
-"""Controls of another run: what the clean and the from-scratch models reached on the same data under the same attacks.
+"""What of another run stands in this one: the results of a smaller audit; or those of the controls, the clean and the
+from-scratch models, on the same data under the same attacks.
 
 Defences are compared on one clean model; its cells, and those from scratch, are then the same for all of them.
 """
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.attacks.batteries import BATTERIES
+from holdfast.attacks.batteries import BATTERIES, battery, within
 from holdfast.audit import AuditFiles
 from holdfast.cells import CellSpec
 from holdfast.errors import UserError, require
@@ -22,6 +23,18 @@ from holdfast.records import Record
 CONTROLS = ("clean", "scratch")
 SECTIONS = ("original", "restricted", "benign", "seed", "audit")  # of the recipe
 FACTS = ("python", "versions", "revision", "hardware", "model")  # of provenance
+
+
+def smaller(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Identities of runs whose results stand in that of `identity`: the same with fewer audit seeds, with a battery
+    that lies within its own, or both."""
+    recipe, audit = identity["recipe"], identity["recipe"]["audit"]
+    inner = [n for b in BATTERIES.values() if battery(audit["battery"]).holds(b) for n in (b.name, b.title)]
+    return [
+        {**identity, "recipe": {**recipe, "audit": {**audit, "battery": name, "seeds": seeds}}}
+        for name in (audit["battery"], *inner)
+        for seeds in range(1, audit["seeds"] + 1)
+    ]
 
 
 def check_controls(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> set[str]:
@@ -53,27 +66,23 @@ def _differences(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str
     wrong = [n for n in FACTS if entry.get(n) != json.loads(json.dumps(facts.get(n)))]
     ours, theirs = facts["content_sha256"], entry["content_sha256"]
     wrong += [n for n in ours.keys() & theirs.keys() - {"weights", "protected"} if ours[n] != theirs[n]]
-    if not _held(entry.get("battery"), facts["battery"]):
+    if not within(entry.get("battery"), facts["battery"]):
         wrong.append("battery")
     same = entry["weights_sha256"]["clean"] == facts["weights_sha256"]["clean"]
     return wrong if same else [*wrong, "clean weights"]
-
-
-def _held(theirs: Any, ours: str) -> bool:
-    """Whether the attacks of one battery are all in another; both by their titles, and of this release."""
-    by_title = {b.title: b for b in BATTERIES.values()}
-    return theirs == ours or (theirs in by_title and by_title[ours].holds(by_title[theirs]))
 
 
 def adopt_searches(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
     """Copy the controls' searches that `specs` ask for and `files` lack, of the provenances `good`; how many."""
     done = {(s.model, n) for s in files.searches.read() for n in s.attacks}
     found, theirs = [], [s for s in AuditFiles(folder).searches.read() if s.provenance in good]
-    for spec in (s for s in specs if s.model in CONTROLS and not all((s.model, n) in done for n in s.names)):
-        named = set(spec.names)
-        same = [s for s in theirs if s.model == spec.model and named.intersection(s.attacks)]
-        if same and named <= {n for s in same for n in s.attacks}:
-            found.append(replace(same[0], attacks=list(spec.names), provenance=provenance))
+    for spec in specs:
+        if spec.model not in CONTROLS or any((spec.model, n) in done for n in spec.names):
+            continue  # what is there under one of its names serves the others: `run_searches`
+        same = (s for s in theirs if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names))
+        search = next(same, None)
+        if search is not None:
+            found.append(replace(search, attacks=list(spec.names), provenance=provenance))
     if found:
         files.searches.append(found)
     return len(found)

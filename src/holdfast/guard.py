@@ -44,7 +44,7 @@ class Guard:
 
     A defence whose original metric comes back only in its last part names the iteration after which that begins:
     `turn`. Where the end has no state within tolerance, that part is done again, weaker by what the breach says
-    (`weakened`), in at most `attempts`. Until then nothing weakens it but a way back.
+    (`weakened`), in at most `attempts`; in all but the last of them only a way back weakens it.
     """
 
     tolerance: float
@@ -132,16 +132,17 @@ def run_guarded(
             failed = {name for name, v in losses.items() if not math.isfinite(v)}
             broken = not failed <= set(may_fail)
             progress.history.silent += bool(failed)
-            if broken or i % guard.every == 0 or last:
+            turns = i == guard.turn and progress.turn is None
+            if broken or i % guard.every == 0 or last or turns:
                 if not broken:
                     settle(i)
                 measures = (original, probe, phase(i), select)
                 _check(model, optimisers, guard, measures, losses, broken, progress, group.any)
-                _tell(bar, write, progress.history.checks[-1], losses)
-            if i == guard.turn and progress.turn is None:
-                progress.turn = snapshot(model, optimisers, phase(i))
-            if last and _again(model, optimisers, guard, progress, workplace, bar):
-                last = False
+                check = progress.history.checks[-1]
+                if turns:  # checked, and whole: what broke has gone back
+                    progress.turn = snapshot(model, optimisers, phase(i))
+                last = last and not _again(model, optimisers, guard, progress, workplace, bar)
+                _tell(bar, write, check, losses)
             bar.update(progress.iteration)
             progress.history.seconds = spent + watch.seconds()
             keep = partial(save, checkpoint, model, optimisers, progress)
@@ -215,23 +216,25 @@ def _again(
     bar: Bar,
 ) -> bool:
     """Whether the last part is to be done again: then everything is back at its beginning, and weaker."""
-    if progress.best_iteration or progress.turn is None or not _attempts_left(guard, progress):
-        return False
     check = progress.history.checks[-1]
+    fall = progress.baseline - check.get("original", math.nan)
     allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
-    progress.tries.append((progress.ceiling, progress.baseline - check.get("original", math.nan)))
+    out = not fall <= allowed and not progress.best_iteration and check["strength"] > guard.weakest
+    if not out or progress.turn is None or not _attempts_left(guard, progress):
+        return False
+    progress.tries.append((check["strength"], fall))
     progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
     restore(model, optimisers, progress.turn)
     progress.good = progress.turn
+    progress.history.rollbacks += "rolled_back" not in check  # as one that broke has been already
     check["rolled_back"] = 1.0
-    progress.history.rollbacks += 1
     again = progress.at - (guard.turn or 0)
     progress.repeated += again
     bar.extend(again)
     kept = guard.scale.shown(check.get("original"))
+    found = "the model broke" if math.isnan(fall) else f"{kept} on the original domain at the end, below the tolerance"
     workplace.reporter.say(
-        f"protect: {kept} on the original domain at the end, below the tolerance; the last {again} iterations again, "
-        f"with restricted terms at {progress.strength:.2g}"
+        f"protect: {found}; the last {again} iterations again, with restricted terms at {progress.strength:.2g}"
     )
     return True
 
@@ -239,13 +242,13 @@ def _again(
 def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
     """Strength for another attempt, after `tries`: pairs of a strength and the fall that it ended with, each more than
     `allowed`. A fall is taken to grow as strengthᵖ, with p between a quarter and one: by the last two attempts, or one
-    where there has been but one. After one that broke: half of it."""
+    where there has been but one. Those that broke say nothing of it; after one that did: half of its strength."""
     strength, fall = tries[-1]
     if not math.isfinite(fall):
         return strength / 2
-    power = 1.0
-    if len(tries) > 1:
-        stronger, further = tries[-2]
+    power, measured = 1.0, [t for t in tries if math.isfinite(t[1])]
+    if len(measured) > 1:
+        stronger, further = measured[-2]
         comparable = further > fall > 0 and stronger > strength
         power = math.log(further / fall) / math.log(stronger / strength) if comparable else 0.25
     return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.25, power)))

@@ -12,7 +12,7 @@ from torch import Tensor, arange, nn
 
 from holdfast import models
 from holdfast.attacks.attack import Attack, attack_facts
-from holdfast.attacks.batteries import BATTERIES, battery
+from holdfast.attacks.batteries import battery
 from holdfast.audit import HEALING_SHARE
 from holdfast.bundle import read_weights
 from holdfast.cells import Bench, Ground
@@ -255,17 +255,6 @@ class Inputs:
         if self.protected:
             identity["protected"] = str(Path(self.protected).expanduser().resolve())
         return identity
-
-    def smaller(self) -> list[dict[str, Any]]:
-        """Identities of runs whose results stand in this one: the same with fewer audit seeds, with a battery that lies
-        within this one's, or both."""
-        own, audit = self.identity(), self.recipe.audit
-        inner = [n for n, b in BATTERIES.items() if battery(audit.battery).holds(b)]
-        return [
-            {**own, "recipe": {**own["recipe"], "audit": {**own["recipe"]["audit"], "battery": name, "seeds": seeds}}}
-            for name in (audit.battery, *inner)
-            for seeds in range(1, audit.seeds + 1)
-        ]
 
     @cached_property
     def content(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,11 @@ class Measured:
         return max(2, sum(s <= budget for s in self.steps))
 
 
-def measured(records: Sequence[Record], split: str = "test") -> list[Measured]:
-    """The attacks in the order in which they were planned. Raises `UserError` where cells are missing."""
-    every = dict.fromkeys(r.attack for r in records)
+def measured(records: Sequence[Record], split: str = "test", planned: Iterable[str] = ()) -> list[Measured]:
+    """The attacks in the order in which they were `planned`, which decides between equals; those that it does not
+    name as they come. Raises `UserError` where cells are missing."""
+    there = {r.attack for r in records}
+    every = dict.fromkeys([*(n for n in planned if n in there), *(r.attack for r in records)])
     names = [a for a in every if a != BENIGN and part_of(a) is None and depth_of(a) is None]
     require(bool(names), "there are no records of an attack yet; run `holdfast audit` first")
     return [one_attack(records, name, split) for name in names]

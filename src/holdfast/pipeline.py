@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from holdfast import models
-from holdfast.attacks.batteries import battery
+from holdfast.attacks.batteries import battery, within
 from holdfast.audit import (
     PAPER_DEFAULT,
     AuditFiles,
@@ -25,7 +25,7 @@ from holdfast.audit import (
 )
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.checkpoints import Checkpoint
-from holdfast.controls import adopt_cells, adopt_searches, check_controls
+from holdfast.controls import adopt_cells, adopt_searches, check_controls, smaller
 from holdfast.diffusion.exhibits import Show, keep_end, make_exhibits, marked
 from holdfast.distributed import ALONE, Group, current
 from holdfast.domains import public_name
@@ -84,8 +84,8 @@ class Run:
         with ExitStack() as held:
 
             def hold() -> None:
-                folder, given = RunFolder(self.out), self.inputs
-                held.enter_context(folder.claim(given.identity(), self.resume, given.smaller()))
+                identity = self.inputs.identity()
+                held.enter_context(RunFolder(self.out).claim(identity, self.resume, smaller(identity)))
 
             self.group.agreed(hold)
             yield
@@ -259,7 +259,13 @@ class Run:
                 f"{self.out} was audited on other content ({', '.join(changed)} changed since); records of both must "
                 "not stand in one table: choose another --out",
             )
-        write_json(path, {**known, name: facts})
+            theirs, ours = before["battery"], facts["battery"]
+            require(
+                within(theirs, ours),
+                f"{self.out} was audited by {theirs}, whose attacks are not all in {ours}; choose another --out",
+            )
+        known.pop(name, None)
+        write_json(path, {**known, name: facts})  # the last one speaks for the audit as it is now
         return name
 
     def _note_memory(self) -> None:

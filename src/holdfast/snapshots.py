@@ -41,7 +41,7 @@ class History:
     rollbacks: int = 0
     silent: int = 0  # iterations in which a loss that may fail was not finite
     seconds: float = 0.0  # without those of probes that decide nothing
-    released: int | None = None  # the iteration whose state was released; 0: the unprotected model
+    released: int | None = None  # the iteration, with those done again, whose state was released; 0: the unprotected
 
 
 @dataclass

@@ -30,7 +30,8 @@ def summarise(
     of each attack, of those left out, and of the third domain."""
     facts, scale = facts or {}, scale_of(records[0].metric)
     about = facts.get("attacks", {})
-    test, validation, intact = measured(records, "test"), measured(records, "validation"), intactness(records)
+    test, validation = (measured(records, split, about) for split in ("test", "validation"))
+    intact = intactness(records)
     diverged = [(r.attack, r.model) for r in records if r.diverged]
     trial = Trial(test, validation, searches, diverged, intact is not None, facts, chance, scale)
     found = judge(trial)

@@ -211,8 +211,8 @@ class _Engine(Engine):
         )
 
     def phase(self, iteration: int) -> Phase:
-        """Until the rate has fallen to its half intactness is only recorded: it comes back as the rate falls, and a
-        check that looks sooner weakens what would not have cost anything."""
+        """Until the rate has fallen to its half intactness is only recorded: it comes back as the rate falls, and no
+        state before is worth releasing."""
         return "candidate" if self._rate(iteration) <= 0.5 or iteration == self.length else "free"
 
     def _repairing(self) -> int:

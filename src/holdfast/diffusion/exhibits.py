@@ -25,7 +25,7 @@ from holdfast.diffusion.distances import LEAST, NAMES, distance, inception_weigh
 from holdfast.diffusion.sampling import sample_images, strips
 from holdfast.domains import Domain, ImageData
 from holdfast.errors import require
-from holdfast.files import write_atomic
+from holdfast.files import read_json, write_atomic, write_json
 from holdfast.layers import evaluating
 from holdfast.losses import noise_error
 from holdfast.models import Architecture, State, load_state, state_of
@@ -89,8 +89,10 @@ def make_exhibits(
 ) -> None:
     """Write the exhibits that `folder` lacks. Of models that the audit has not kept, attacks are run anew, as its
     cells are (`workers.run_all`)."""
+    _forget_others(folder, attack.name)
     left = [(how, m) for how, m in PLAN if not path_of(folder, how, m).exists()]
     if not left:
+        shutil.rmtree(folder / "ends", ignore_errors=True)
         return
     bench, plain = show.bench, replace(attack, search=None)
     attacked = [m for how, m in left if how == "attacked"]
@@ -116,6 +118,17 @@ def make_exhibits(
         for end in run_all(end_of, bench, specs, jobs, ray) if specs else ():
             keep("attacked", end.model, _loaded(show, end.architecture, end.classes, end.state))
     shutil.rmtree(folder / "ends", ignore_errors=True)
+
+
+def _forget_others(folder: Path, attack: str) -> None:
+    """Note which attack is shown; what shows another one, of a smaller battery, is to be made anew."""
+    note = folder / "attack.json"
+    shown = read_json(note)["name"] if note.exists() else None
+    if shown not in (None, attack):
+        for model in ATTACKED:
+            path_of(folder, "attacked", model).unlink(missing_ok=True)
+    if shown != attack:
+        write_json(note, {"name": attack})
 
 
 def end_of(bench: Bench, spec: CellSpec) -> End:

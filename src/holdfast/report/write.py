@@ -72,7 +72,7 @@ def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]
     }
     return {
         "manifest": manifest,
-        "provenance": known[records[-1].provenance],
+        "provenance": next(reversed(known.values())),
         "protection": protection,
         "cost": cost,
     }
