@@ -64,7 +64,9 @@ def test_the_example_with_tensors_of_ones_own() -> None:
     exec(page.split("```python\n")[1].split("```")[0], found)
     history = found["history"]
     assert isinstance(history, History)
-    assert [c["iteration"] for c in history.checks] == [0, 3, 6]
+    iterations = [c["iteration"] for c in history.checks]
+    assert iterations[:3] == [0, 3, 6]
+    assert set(iterations[3:]) <= {9, 12, 15}, "its last three, again: the model has learned nothing it could keep"
     assert all(p.isfinite().all() for p in found["model"].parameters())
 
 
