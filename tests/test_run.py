@@ -322,6 +322,20 @@ class TestResume:
         lines = [(tmp_path / f / "searches.jsonl").read_text().count("\n") for f in ("grown", "fresh")]
         assert lines[0] == lines[1]
 
+    def test_who_measured_is_not_who_came_last_and_measured_nothing(
+        self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        out = tmp_path / "run"
+        shutil.copytree(undisturbed[1], out)
+        ((name, entry),) = json.loads((out / "provenance.json").read_text()).items()
+        later = {**entry, "revision": "a-later-source", "audit_seeds": [0, 1, 7]}
+        (out / "provenance.json").write_text(json.dumps({name: entry, "later": later}))
+        assert cli(capsys, monkeypatch, "report", "--out", str(out))[0] == 0
+        page = (out / "report.html").read_text()
+        assert f"source {entry['revision']}<" in page
+        assert "a-later-source" not in page
+        assert "audit seeds 0, 1, 7;" in page, "what is audited is what the last one says"
+
     def test_a_battery_that_has_changed_since(self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys) -> None:
         out = tmp_path / "run"
         shutil.copytree(undisturbed[1], out)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.attacks.batteries import BATTERIES, battery, within
+from holdfast.attacks.batteries import BATTERIES, battery, lies_within
 from holdfast.audit import AuditFiles
 from holdfast.cells import CellSpec
 from holdfast.errors import UserError, require
@@ -66,7 +66,7 @@ def _differences(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str
     wrong = [n for n in FACTS if entry.get(n) != json.loads(json.dumps(facts.get(n)))]
     ours, theirs = facts["content_sha256"], entry["content_sha256"]
     wrong += [n for n in ours.keys() & theirs.keys() - {"weights", "protected"} if ours[n] != theirs[n]]
-    if not within(entry.get("battery"), facts["battery"]):
+    if not lies_within(entry.get("battery"), facts["battery"]):
         wrong.append("battery")
     same = entry["weights_sha256"]["clean"] == facts["weights_sha256"]["clean"]
     return wrong if same else [*wrong, "clean weights"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from holdfast import models
-from holdfast.attacks.batteries import battery, within
+from holdfast.attacks.batteries import battery, lies_within
 from holdfast.audit import (
     PAPER_DEFAULT,
     AuditFiles,
@@ -261,7 +261,7 @@ class Run:
             )
             theirs, ours = before["battery"], facts["battery"]
             require(
-                within(theirs, ours),
+                lies_within(theirs, ours),
                 f"{self.out} was audited by {theirs}, whose attacks are not all in {ours}; choose another --out",
             )
         known.pop(name, None)

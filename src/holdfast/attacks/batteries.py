@@ -265,7 +265,7 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
 )
 
 
-def within(inner: Any, outer: str) -> bool:
+def lies_within(inner: Any, outer: str) -> bool:
     """Whether the battery of one title lies within that of another, as this release knows them; each in itself."""
     by_title = {b.title: b for b in BATTERIES.values()}
     return inner == outer or (inner in by_title and outer in by_title and by_title[outer].holds(by_title[inner]))

@@ -56,11 +56,15 @@ def write_report(folder: Path) -> dict[str, Any]:
     return summary
 
 
+MADE_BY = ("python", "versions", "revision", "hardware")  # of the last record, should the audit since have added none
+
+
 def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]) -> dict[str, Any]:
     """What the folder knows beside its records."""
     manifest = read_json(folder / "run.json")
     known = read_json(folder / "provenance.json")
     require(records[-1].provenance in known, f"{folder / 'provenance.json'} does not know these records")
+    made = known[records[-1].provenance]
     history = folder / "protection" / "history.json"
     protection = read_json(history) if history.exists() else None
     audit = folder / "audit.json"
@@ -72,7 +76,7 @@ def _facts(folder: Path, records: list[Record], searches: Sequence[SearchRecord]
     }
     return {
         "manifest": manifest,
-        "provenance": next(reversed(known.values())),
+        "provenance": {**next(reversed(known.values())), **{n: made[n] for n in MADE_BY}},
         "protection": protection,
         "cost": cost,
     }
