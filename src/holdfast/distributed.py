@@ -8,6 +8,7 @@ process with as many adversaries, up to the order of summation. Files, measures 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from holdfast.normalisation import OnBatchNorm
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait while the first audits; who dies is noticed at once all the same
+SETTLING_SECONDS = 0.3  # before the end of a process; see `joined`
 LOST = "lost contact with another process of this run ({}); the same command with --resume goes on from what was saved"
 
 
@@ -128,6 +130,9 @@ def joined() -> Iterator[Group]:
     dist.init_process_group(backend, timeout=PATIENCE, store=attempt, rank=rank, world_size=count)
     yield current()
     dist.destroy_process_group()  # not after an error: nccl would wait for what will never come
+    # torch's caches of sharded models keep gloo's threads alive. One that still waits for the interpreter's lock, to
+    # let go of its last tensor, aborts the process if the interpreter ends first (pytorch/pytorch#190489).
+    time.sleep(SETTLING_SECONDS)
 
 
 def _reduce(tensor: Tensor, by: Any = dist.ReduceOp.SUM) -> None:
