@@ -269,13 +269,13 @@ class TestAttempts:
         assert bench.seen[3][2] == pytest.approx(0.01)
         assert bench.weight() == pytest.approx(0.01 + 0.3 * 0.29)
         assert [c["iteration"] for c in history.checks] == [0, 1, 2, 3, 4, 5]
-        assert (history.released, history.rollbacks) == (5, 1)
+        assert (history.released, history.rollbacks, history.attempts) == (5, 1, [1.0])
         assert bench.optimiser.state_dict()["state"][0]["step"].item() == 3, "two of five steps were undone"
 
     def test_nothing_is_done_again_where_the_end_is_within_tolerance(self) -> None:
         bench, history = self.run([0.2, 0.02, -0.15], attempts=4)
         assert [(i, s) for i, s, _ in bench.seen] == [(1, 1), (2, 1), (3, 1)], "a breach on the way weakens nothing"
-        assert (history.released, history.rollbacks) == (3, 0)
+        assert (history.released, history.rollbacks, history.attempts) == (3, 0, [])
 
     def test_good_checks_do_not_strengthen_beyond_the_attempt(self) -> None:
         bench, _ = self.run([0.0, 0.0, 0.0, 0.3], attempts=2, turn=1)

@@ -101,12 +101,12 @@ def test_layers_that_do_not_see_an_image_a_row_are_not_probed(bench: Bench) -> N
 
 def test_probing_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     file, quiet = RecordFile(tmp_path / "records.jsonl"), Reporter(quiet=True)
-    run_probes(bench, 1, file, quiet)
+    run_probes(bench, probes(bench), 1, file, quiet)
     whole = file.read()
     assert len(whole) == len(PROBED) * len(probes(bench)) * 2
     kept = [r for r in whole if r.attack != whole[0].attack]
     file.keep(kept)
-    run_probes(bench, 1, file, quiet)
+    run_probes(bench, probes(bench), 1, file, quiet)
     again = file.read()
     assert again[: len(kept)] == kept
     assert {(r.model, r.attack, r.split, r.value) for r in again} == {
@@ -114,5 +114,5 @@ def test_probing_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     }
     assert len(again) == len(whole)
     before = file.path.read_bytes()
-    run_probes(bench, 1, file, quiet)
+    run_probes(bench, probes(bench), 1, file, quiet)
     assert file.path.read_bytes() == before

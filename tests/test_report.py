@@ -12,7 +12,8 @@ from holdfast.attacks.attack import Attack
 from holdfast.attacks.batteries import BATTERIES
 from holdfast.audit import BENIGN, AuditFiles
 from holdfast.checks import HELPS
-from holdfast.files import write_json
+from holdfast.errors import UserError
+from holdfast.files import read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import attack_facts
 from holdfast.intactness import ORIGINAL
@@ -159,6 +160,21 @@ def test_where_it_stands_between_what_it_cost_and_what_it_left() -> None:
     assert "87.3 % on the original domain)." in " ".join(conclusion(s)), "somebody else's checkpoint: no tolerance"
 
 
+def test_what_the_guard_took_back_is_said() -> None:
+    s = summarise(records(3, {"direct+all": CURVES["direct+all"]}), 0.1, COST)
+
+    def said(**protection: object) -> str:
+        found = " ".join(conclusion({**s, "protection": {"tolerance": 0.02, "released": 7, **protection}}))
+        return next((p for p in found.split(". ") if "strength" in p), "")
+
+    start = "To keep within the tolerance the released state was made with 0.1 of the defence's strength"
+    assert said(strength=0.1, attempts=[]) == start
+    ended = ": the last part was done again, as the ones ended outside that had 1, 0.45 and 0.16"
+    assert said(strength=0.1, attempts=[1.0, 0.45, 0.16]) == start + ended
+    assert said(strength=0.1, attempts=[1.0]).endswith("as the one ended outside that had 1")
+    assert said(strength=1.0, attempts=[]) == said(strength=None) == said(strength=0.1, released=0) == ""
+
+
 def test_a_lead_that_survives_shuffling_is_no_knowledge() -> None:
     name = "shuffled → initFC+all"
     curves = {**CURVES, name: {"protected": (0.1, 0.5, 0.7), "clean": (0.1, 0.6, 0.8), "scratch": (0.1, 0.4, 0.6)}}
@@ -277,6 +293,26 @@ def test_the_page_stands_alone_and_leads_with_what_matters(written: Path) -> Non
     assert "| initFC+all · adam 1e-3 | scratch | 10.0 ± 0.0 | 50.2 ± 0.4 | 70.2 ± 0.4 |" in markdown
     for name in ("curves", "attack-3-direct-all", "protection", "worst-case", "heat-seeds", "heat-rates", "slc"):
         assert (written / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_audit_on_its_way_to_a_larger_one_has_no_report(written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grown"
+    shutil.copytree(written, folder)
+    before = (folder / "report.md").read_text()
+    known = read_json(folder / "provenance.json")
+    cells = {
+        "another attack": ({"attacks": {**ABOUT, "later": ABOUT["direct+all"]}}, 6),  # three models, two seeds
+        "another seed": ({"audit_seeds": [0, 1, 2]}, 3 * (len(ABOUT) + 1)),  # the third domain's too
+        "probes": ({"probes": ["probe · input of body.3"]}, 6),
+    }
+    for facts, missing in cells.values():
+        write_json(folder / "provenance.json", {**known, "q": {**known["p"], **facts}})
+        with pytest.raises(UserError, match=f"unfinished: {missing} of .* results are missing; continue"):
+            write_report(folder)
+    assert (folder / "report.md").read_text() == before
+    write_json(folder / "provenance.json", known)
+    write_report(folder)
+    assert (folder / "report.md").read_text() == before
 
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)

@@ -152,6 +152,7 @@ def run_guarded(
                 clock.save(keep)
     load_state(model, progress.best)
     progress.history.released = progress.best_iteration
+    progress.history.attempts = [strength for strength, _ in progress.tries]
     return progress.history
 
 

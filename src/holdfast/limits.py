@@ -77,9 +77,9 @@ def measure_limits(
                     yield _records(bench, model, attack, seed)
 
 
-def run_probes(bench: Bench, seeds: int, file: RecordFile, reporter: Reporter) -> None:
-    """Probe the layers of all models, as far as `file` lacks it."""
-    done, attacks = file.recover(), probes(bench)
+def run_probes(bench: Bench, attacks: Sequence[Attack], seeds: int, file: RecordFile, reporter: Reporter) -> None:
+    """All `probes`, of all models, as far as `file` lacks them."""
+    done = file.recover()
     planned = [(m, a.name, s) for a in attacks for s in range(seeds) for m in PROBED]
     left = sum(p not in done for p in planned)
     if not left:

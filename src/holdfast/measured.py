@@ -74,6 +74,21 @@ def measured(records: Sequence[Record], split: str = "test", planned: Iterable[s
     return [one_attack(records, name, split) for name in names]
 
 
+def require_finished(records: Iterable[Record], facts: Mapping[str, Any]) -> None:
+    """`UserError` where `records` lack a cell of what the audit set out to do, by its `facts` in `provenance.json`: an
+    audit that was stopped is no audit, and one stopped on its way to a larger battery or more seeds not that one."""
+    there = {(r.attack, r.model, r.seed) for r in records}
+    names = [*facts.get("attacks", {}), *facts.get("probes", []), *([BENIGN] if facts.get("benign") else [])]
+    seeds = facts.get("audit_seeds", [])
+    planned = [(n, m, s) for n in names for m in MODELS for s in seeds]
+    lacking = [cell for cell in planned if cell not in there]
+    require(
+        not lacking,
+        f"the audit ({facts.get('battery')}, {len(seeds)} seeds) is unfinished: {len(lacking)} of {len(planned)} "
+        "results are missing; continue it with `holdfast audit … --resume`",
+    )
+
+
 def one_attack(records: Sequence[Record], name: str, split: str = "test") -> Measured:
     """One attack's curves. Raises `UserError` where cells are missing."""
     own = [r for r in records if r.attack == name and r.split == split]

@@ -34,7 +34,7 @@ from holdfast.files import RunFolder, fingerprint, read_json, write_json
 from holdfast.finetuning import FineTuning
 from holdfast.inputs import Inputs
 from holdfast.intactness import measure_intactness, parts
-from holdfast.limits import run_probes
+from holdfast.limits import probes, run_probes
 from holdfast.models import Architecture, State, state_of
 from holdfast.pretraining import pretrain
 from holdfast.progress import Reporter
@@ -198,7 +198,9 @@ class Run:
         states = {"protected": protected.state, "clean": clean.state}
         bench = given.bench(states)
         attacks, left_out = applicable(given.recipe.audit.all_attacks(), bench)
-        facts = self._facts(given.facts(attacks, left_out))
+        probing = battery(given.recipe.audit.battery).probes and given.task.labelled
+        probed = probes(bench) if probing else []
+        facts = self._facts({**given.facts(attacks, left_out), "probes": [a.name for a in probed]})
         good = check_controls(self.controls, given.recipe.as_dict(), facts) if self.controls else set()
         where = self._provenance(facts)
         bench = replace(bench, provenance=where)
@@ -226,8 +228,8 @@ class Run:
             shown = (named or attacks)[0] if given.task.generates else None
             cells = marked(cells, shown) if shown else cells
             run_audit(cells, bench, file, *workers, kept=partial(keep_end, exhibits))
-            if battery(given.recipe.audit.battery).probes and given.task.labelled:
-                run_probes(bench, seeds, file, self.reporter)
+            if probed:
+                run_probes(bench, probed, seeds, file, self.reporter)
             if shown:
                 show = Show(bench, given.original if given.with_original else None, given.decode)
                 make_exhibits(show, shown, exhibits, *workers)

@@ -87,6 +87,7 @@ def _note(
             "processes": workplace.group.count,
             "rollbacks": history.rollbacks,
             "silent": history.silent,
+            "attempts": history.attempts,
             "released": history.released,
             "measured": measured,
             "checks": history.checks,

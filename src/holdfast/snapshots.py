@@ -41,6 +41,7 @@ class History:
     rollbacks: int = 0
     silent: int = 0  # iterations in which a loss that may fail was not finite
     seconds: float = 0.0  # without those of probes that decide nothing
+    attempts: list[float] = field(default_factory=list)  # at the last part that ended outside: the strength of each
     released: int | None = None  # the iteration, with those done again, whose state was released; 0: the unprotected
 
 

@@ -70,6 +70,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
         *_released(summary),
         *_intactness(summary["intactness"], scale),
         *_standing(summary, scale),
+        *_weakened(summary.get("protection", {})),
         *_scales(restricted.get("shuffled"), scale),
         f"The attack that validation data choose, {worst['protected']['attack']}, takes the protected model to "
         f"{scale.shown(worst['protected']['final'])} on test data; their own choices take the clean model to "
@@ -254,6 +255,17 @@ def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
         f"{scale.shown(found['after'])} on the original domain{allowed}). Ahead of scratch, each at its best, in "
         f"{scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
     ]
+
+
+def _weakened(protection: Mapping[str, Any]) -> list[str]:
+    """What the guard took back to keep within the tolerance, where that is much."""
+    strength, attempts = protection.get("strength"), protection.get("attempts") or []
+    if not protection.get("released") or strength is None or (strength > 0.95 and not attempts):
+        return []
+    said = f"To keep within the tolerance the released state was made with {strength:.2g} of the defence's strength"
+    tried = " and ".join(", ".join(f"{s:.2g}" for s in attempts).rsplit(", ", 1))
+    ended = "one ended" if len(attempts) == 1 else "ones ended"
+    return [said + (f": the last part was done again, as the {ended} outside that had {tried}." if attempts else ".")]
 
 
 def _scales(found: dict[str, float] | None, scale: Scale) -> list[str]:

@@ -15,7 +15,7 @@ from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
 from holdfast.intactness import costs
 from holdfast.judgement import left_out_of
-from holdfast.measured import measured
+from holdfast.measured import measured, require_finished
 from holdfast.records import Record, RecordFile, SearchRecord
 from holdfast.report import figures, maps
 from holdfast.report.pictures import draw_exhibits
@@ -31,13 +31,12 @@ def write_report(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no audit (no records.jsonl); run `holdfast audit` or `holdfast run` first")
     searches = AuditFiles(folder).searches.read()
     facts = _facts(folder, records, searches)
+    require_finished(records, facts["provenance"])
     chance = facts["provenance"]["restricted"]["chance"]
     made = {"released": (facts["protection"] or {}).get("released")}
     summary = summarise(records, chance, facts["cost"], searches, {**facts["provenance"], **made})
     if facts["protection"]:  # `released`: an iteration; 0 where no state within tolerance beat the model as it was
-        kept = ("released", "rollbacks", "peak_memory_mb", "measured")
-        tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
-        summary["protection"] = {**{n: facts["protection"].get(n) for n in kept}, "tolerance": tolerance}
+        summary["protection"] = _protection(facts)
     pictures = _draw(folder, summary, facts, searches)
     context = _context(folder, records, summary, facts, pictures)
     environment = jinja2.Environment(
@@ -54,6 +53,16 @@ def write_report(folder: Path) -> dict[str, Any]:
     for name in ("report.md", "report.html"):
         write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context))
     return summary
+
+
+def _protection(facts: dict[str, Any]) -> dict[str, Any]:
+    """How the protection ended; `strength`: of the restricted terms, in what was released."""
+    history = facts["protection"]
+    kept = ("released", "attempts", "rollbacks", "peak_memory_mb", "measured")
+    strengths = {c["iteration"]: c.get("strength") for c in history["checks"]}
+    tolerance = facts["manifest"]["recipe"]["defence"].get("tolerance")
+    strength = strengths.get(history.get("released"))
+    return {**{n: history.get(n) for n in kept}, "strength": strength, "tolerance": tolerance}
 
 
 MADE_BY = ("python", "versions", "revision", "hardware")  # of the last record, should the audit since have added none
