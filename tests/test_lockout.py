@@ -212,6 +212,28 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
     assert any(not torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
+def test_the_margin_is_in_deviations_of_each_channel(original, restricted, task, runtime, clean_state) -> None:
+    """A channel whose pre-activations are three times as wide has three times the margin, the others keep theirs."""
+    architecture = Architecture("small_conv", size=8, channels=1, options={"width": 8})
+    units = []
+    for factor in (1.0, 3.0):
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        last = [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
+        with torch.no_grad():
+            last.weight[1] *= factor
+            if last.bias is not None:
+                last.bias[1] *= factor
+        given = Given(model, original, restricted.halves(0)[0], 5, architecture, task, runtime)
+        units.append(Lockout(close=1, batch_size=20).prepare(given).places.units[0].flatten())
+        model.eval()
+        with torch.no_grad(), Taps(model, list(activations(model, examples(given)))[-1:]) as taps:
+            model(original.train.batch(torch.arange(len(original.train)), runtime)[0])
+        seen = taps.values[0].transpose(0, 1).flatten(1).std(1)
+        assert units[-1] == pytest.approx(seen, rel=0.1), "of original images"
+    assert units[1] / units[0] == pytest.approx(torch.tensor([1.0, 3.0] + [1.0] * (len(units[0]) - 2)), rel=1e-4)
+
+
 def test_every_term_is_a_loss_of_its_own(task, runtime) -> None:
     architecture, *_ = NETWORKS["normalised"]
     domain = load_domain(DomainSpec("digits[0-4]", per_class=8, test_per_class=2), architecture.preprocessing)
@@ -543,6 +565,13 @@ def test_bad_values_are_one_line(original, restricted, architecture, task, runti
         spec.check_classes(2, 5)
         with pytest.raises(UserError, match="batch_size must be at least 12, two images of each restricted class"):
             spec.check_classes(2, 6)
+        few = Given(
+            architecture.build(5), original, original.train.subset(torch.arange(11)), 6, architecture, task, runtime
+        )
+        with pytest.raises(
+            UserError, match="half must have at least 12 images, two of each restricted class, but has 11"
+        ):
+            replace(spec, batch_size=100).check(few)
     given = Given(architecture.build(5), original, restricted.halves(0)[0], 5, architecture, task, runtime)
     with pytest.raises(UserError, match=r"close is 9, but the network runs 4 .*; set defence\.close to 4$"):
         Lockout(close=9).check(given)

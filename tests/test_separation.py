@@ -153,6 +153,14 @@ class TestClassMMD:
         assert not torch.autograd.grad(value, features)[0].any()
         assert class_mmd(torch.ones(4, 2), torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0, abs=1e-6)
 
+    def test_in_float32_within_autocast_too(self) -> None:
+        """Far from the origin of their spread, where bf16 would leave a difference of squares two digits."""
+        labels = torch.arange(40) % 4
+        features = torch.randn(40, 64) + 8 * torch.randn(4, 64)[labels]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = class_mmd(features, labels)
+        assert value.item() == class_mmd(features, labels).item()
+
     def test_its_gradient_brings_classes_together(self) -> None:
         labels = torch.arange(12) % 3
         features = (torch.randn(12, 3) + 3 * labels.unsqueeze(1)).detach().requires_grad_()

@@ -84,7 +84,8 @@ def _gaussians(samples: Tensor, kernels: int, factor: float) -> Tensor:
     require(kernels >= 1 and factor > 0, f"mmd needs kernels ≥ 1 and factor > 0, but got {kernels} and {factor}")
     every = samples - samples.mean(0).detach()  # distances stay, and less is lost in differences of squares
     squares = every.square().sum(1)
-    distances = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * every @ every.T).clamp(min=0)
+    with torch.autocast(every.device.type, enabled=False):  # a difference of squares in bf16 has few digits left
+        distances = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * every @ every.T).clamp(min=0)
     count = len(every)
     middle = distances.detach().sum() / max(1, count * count - count) + TINY
     widths = [middle * factor ** (j - kernels // 2) for j in range(kernels)]

@@ -139,8 +139,14 @@ class Lockout(Guarded):
             self.sophon.check_head(heads)
 
     def require_fit(self, given: Given) -> None:
-        """As everywhere; and what recomputes a forward pass knows nothing of borrowed statistics or opened places."""
+        """As everywhere; and what recomputes a forward pass knows nothing of borrowed statistics or opened places; and
+        where classes are compared there are images of each, or nothing would be done."""
         super().require_fit(given)
+        require(
+            not self._compares_classes() or len(given.restricted) >= 2 * given.classes,
+            f"{' or '.join(CLASSES)} compare classes within a batch: the defender's half must have at least "
+            f"{2 * given.classes} images, two of each restricted class, but has {len(given.restricted)}",
+        )
         require(
             not given.runtime.checkpointing or not (self.reopen or normalises_batches(given.model)),
             "runtime.checkpointing recomputes forward passes without what lockout does in them (batch statistics that "
