@@ -115,8 +115,7 @@ def run_guarded(
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
     progress = start(model, optimisers, original, probe, workplace.load(checkpoint), phase(1))
-    if guard.turn == 0 and progress.turn is None:
-        progress.turn = progress.good
+    run = _Run(model, optimisers, guard, original, probe, phase, select, settle, workplace, progress)
     spent = progress.history.seconds
     clock = Clock(workplace.save_every_seconds)
     bar_of = workplace.reporter.bar("protect", iterations + progress.repeated, progress.iteration)
@@ -129,19 +128,9 @@ def run_guarded(
             last = i == iterations or done(i)
             for name, value in losses.items():
                 write(f"protect/{name}", value, progress.iteration)
-            failed = {name for name, v in losses.items() if not math.isfinite(v)}
-            broken = not failed <= set(may_fail)
-            progress.history.silent += bool(failed)
-            turns = i == guard.turn and progress.turn is None
-            if broken or i % guard.every == 0 or last or turns:
-                if not broken:
-                    settle(i)
-                measures = (original, probe, phase(i), select)
-                _check(model, optimisers, guard, measures, losses, broken, progress, group.any)
-                check = progress.history.checks[-1]
-                if turns:  # checked, and whole: what broke has gone back
-                    progress.turn = snapshot(model, optimisers, phase(i))
-                last = last and not _again(model, optimisers, guard, progress, workplace, bar)
+            check = run.judge(i, losses, may_fail, last)
+            last = last and not run.again(bar)
+            if check:
                 _tell(bar, write, check, losses)
             bar.update(progress.iteration)
             progress.history.seconds = spent + watch.seconds()
@@ -150,10 +139,7 @@ def run_guarded(
             due = clock.due() or last
             if group.any(due) if workplace.sharded else due:
                 clock.save(keep)
-    load_state(model, progress.best)
-    progress.history.released = progress.best_iteration
-    progress.history.attempts = [strength for strength, _ in progress.tries]
-    return progress.history
+    return run.release()
 
 
 def _common(measure: Measure, workplace: Workplace) -> Measure:
@@ -169,75 +155,108 @@ def _common(measure: Measure, workplace: Workplace) -> Measure:
     return together
 
 
-def _check(
-    model: nn.Module,
-    optimisers: Mapping[str, Stateful],
-    guard: Guard,
-    measures: tuple[Measure, Measure, Phase, Select],
-    losses: Mapping[str, float],
-    broken: bool,
-    progress: Progress,
-    agreed: Callable[[bool], bool],
-) -> None:
-    """Measure; accept the state or go back."""
-    original, restricted, phase, select = measures
-    broken = agreed(broken or not all(bool(own(v).isfinite().all()) for v in model.state_dict().values()))
-    kept = math.nan if broken else original()
-    breach = broken or (kept < guard.scale.floor(progress.baseline, guard.tolerance) and phase != "free")
-    entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
-    if breach:
-        back = broken or progress.good["phase"] == phase
-        if back:
-            restore(model, optimisers, progress.good)
-            progress.history.rollbacks += 1
-            entry["rolled_back"] = 1.0
-        if back or not _attempts_left(guard, progress):
-            progress.strength = max(guard.weakest, progress.strength * guard.weaken)
-    else:
-        score = math.inf if phase == "free" else restricted()
-        entry["restricted"] = score
-        progress.good = snapshot(model, optimisers, phase)
-        progress.strength = min(progress.ceiling, progress.strength * guard.recover)
-        if phase == "candidate" and (select == "last" or score < progress.best_score):
-            progress.best_score, progress.best_iteration = score, progress.iteration
-            progress.best = parts_of_state(model)
-    progress.history.checks.append({k: v for k, v in entry.items() if math.isfinite(v)})
+@dataclass
+class _Run:
+    """Which states are kept: what is measured, accepted, taken back, done again, released."""
 
+    model: nn.Module
+    optimisers: Mapping[str, Stateful]
+    guard: Guard
+    original: Measure
+    restricted: Measure
+    phase: Callable[[int], Phase]
+    select: Select
+    settle: Callable[[int], None]
+    workplace: Workplace
+    progress: Progress
 
-def _attempts_left(guard: Guard, progress: Progress) -> bool:
-    return guard.turn is not None and len(progress.tries) + 1 < guard.attempts
+    def __post_init__(self) -> None:
+        if self.guard.turn == 0 and self.progress.turn is None:
+            self.progress.turn = self.progress.good
 
+    def judge(
+        self, i: int, losses: Mapping[str, float], may_fail: Collection[str], last: bool
+    ) -> dict[str, float] | None:
+        """The check after iteration i, where one is due: every so often, at the end, at the turn, where it broke."""
+        guard, progress = self.guard, self.progress
+        failed = {name for name, v in losses.items() if not math.isfinite(v)}
+        broken = not failed <= set(may_fail)
+        progress.history.silent += bool(failed)
+        turns = i == guard.turn and progress.turn is None
+        if not (broken or i % guard.every == 0 or last or turns):
+            return None
+        if not broken:
+            self.settle(i)
+        check = self._check(self.phase(i), losses, broken)
+        if turns:  # checked, and whole: what broke has gone back
+            progress.turn = snapshot(self.model, self.optimisers, self.phase(i))
+        return check
 
-def _again(
-    model: nn.Module,
-    optimisers: Mapping[str, Stateful],
-    guard: Guard,
-    progress: Progress,
-    workplace: Workplace,
-    bar: Bar,
-) -> bool:
-    """Whether the last part is to be done again: then everything is back at its beginning, and weaker."""
-    check = progress.history.checks[-1]
-    fall = progress.baseline - check.get("original", math.nan)
-    allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
-    out = not fall <= allowed and not progress.best_iteration and check["strength"] > guard.weakest
-    if not out or progress.turn is None or not _attempts_left(guard, progress):
-        return False
-    progress.tries.append((check["strength"], fall))
-    progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
-    restore(model, optimisers, progress.turn)
-    progress.good = progress.turn
-    progress.history.rollbacks += "rolled_back" not in check  # as one that broke has been already
-    check["rolled_back"] = 1.0
-    again = progress.at - (guard.turn or 0)
-    progress.repeated += again
-    bar.extend(again)
-    kept = guard.scale.shown(check.get("original"))
-    found = "the model broke" if math.isnan(fall) else f"{kept} on the original domain at the end, below the tolerance"
-    workplace.reporter.say(
-        f"protect: {found}; the last {again} iterations again, with restricted terms at {progress.strength:.2g}"
-    )
-    return True
+    def _check(self, phase: Phase, losses: Mapping[str, float], broken: bool) -> dict[str, float]:
+        """Measure; accept the state or go back."""
+        guard, progress, model = self.guard, self.progress, self.model
+        finite = all(bool(own(v).isfinite().all()) for v in model.state_dict().values())
+        broken = self.workplace.group.any(broken or not finite)
+        kept = math.nan if broken else self.original()
+        breach = broken or (kept < guard.scale.floor(progress.baseline, guard.tolerance) and phase != "free")
+        entry = {"iteration": float(progress.iteration), "original": kept, "strength": progress.strength, **losses}
+        if breach:
+            back = broken or progress.good["phase"] == phase
+            if back:
+                restore(model, self.optimisers, progress.good)
+                progress.history.rollbacks += 1
+                entry["rolled_back"] = 1.0
+            if back or not self._attempts_left():
+                progress.strength = max(guard.weakest, progress.strength * guard.weaken)
+        else:
+            score = math.inf if phase == "free" else self.restricted()
+            entry["restricted"] = score
+            progress.good = snapshot(model, self.optimisers, phase)
+            progress.strength = min(progress.ceiling, progress.strength * guard.recover)
+            if phase == "candidate" and (self.select == "last" or score < progress.best_score):
+                progress.best_score, progress.best_iteration = score, progress.iteration
+                progress.best = parts_of_state(model)
+        check = {k: v for k, v in entry.items() if math.isfinite(v)}
+        progress.history.checks.append(check)
+        return check
+
+    def _attempts_left(self) -> bool:
+        return self.guard.turn is not None and len(self.progress.tries) + 1 < self.guard.attempts
+
+    def again(self, bar: Bar) -> bool:
+        """After the last check: whether the last part is to be done again; then everything is back at its beginning,
+        and weaker."""
+        guard, progress, check = self.guard, self.progress, self.progress.history.checks[-1]
+        fall = progress.baseline - check.get("original", math.nan)
+        allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
+        out = not fall <= allowed and not progress.best_iteration and check["strength"] > guard.weakest
+        if not out or progress.turn is None or not self._attempts_left():
+            return False
+        progress.tries.append((check["strength"], fall))
+        progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
+        restore(self.model, self.optimisers, progress.turn)
+        progress.good = progress.turn
+        progress.history.rollbacks += "rolled_back" not in check  # as one that broke has been already
+        check["rolled_back"] = 1.0
+        again = progress.at - (guard.turn or 0)
+        progress.repeated += again
+        bar.extend(again)
+        kept = guard.scale.shown(check.get("original"))
+        found = (
+            "the model broke" if math.isnan(fall) else f"{kept} on the original domain at the end, below the tolerance"
+        )
+        self.workplace.reporter.say(
+            f"protect: {found}; the last {again} iterations again, with restricted terms at {progress.strength:.2g}"
+        )
+        return True
+
+    def release(self) -> History:
+        """Leave the best state in the model."""
+        progress = self.progress
+        load_state(self.model, progress.best)
+        progress.history.released = progress.best_iteration
+        progress.history.attempts = [strength for strength, _ in progress.tries]
+        return progress.history
 
 
 def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
