@@ -275,6 +275,7 @@ def written(tmp_path: Path) -> Path:
     checks = [{"iteration": 10.0 * i, "original": 0.9, "restricted": 0.8 - 0.1 * i} for i in range(3)]
     checks.append({"iteration": 30.0, "original": 0.5, "rolled_back": 1.0})
     history = {"seconds": 5.0, "peak_memory_mb": 100.0, "rollbacks": 1, "checks": checks}
+    history["measured"] = {"clean": {"leak, restricted": 0.5072}, "protected": {"leak, restricted": 0.1234}}
     write_json(tmp_path / "protection" / "history.json", history)
     write_report(tmp_path)
     return tmp_path
@@ -291,6 +292,7 @@ def test_the_page_stands_alone_and_leads_with_what_matters(written: Path) -> Non
     assert page.count("data:image/png;base64,") == 9
     markdown = (written / "report.md").read_text()
     assert "| initFC+all · adam 1e-3 | scratch | 10.0 ± 0.0 | 50.2 ± 0.4 | 70.2 ± 0.4 |" in markdown
+    assert "Leak, restricted: 12.3 % (before: 50.7 %)." in markdown
     for name in ("curves", "attack-3-direct-all", "protection", "worst-case", "heat-seeds", "heat-rates", "slc"):
         assert (written / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
