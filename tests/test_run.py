@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -305,6 +306,24 @@ class TestResume:
         found = [json.loads((f / "summary.json").read_text()) for f in (out, fresh)]
         assert [s["battery"] for s in found[0]["restricted"]["strengths"]] == ["paper-default-v1", "quick-v2"]
         assert untimed(found[0]) == untimed(found[1])
+
+    def test_stopped_on_the_way_to_a_larger_battery_it_has_no_report(
+        self, undisturbed: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        recipe, expected = undisturbed
+        out = tmp_path / "run"
+        shutil.copytree(expected, out)
+        page = (out / "report.md").read_text()
+        with monkeypatch.context() as stopped:
+            stopped.setattr("holdfast.pipeline.run_audit", Mock(side_effect=KeyboardInterrupt))
+            code, _, _ = cli(
+                capsys, monkeypatch, "run", recipe, "--out", out, "--set", "audit.battery=quick", "--resume"
+            )
+            assert code == 130
+        code, _, err = cli(capsys, monkeypatch, "report", "--out", out)
+        assert code == 2
+        assert "error: the audit (quick-v2, 2 seeds) is unfinished: " in err
+        assert (out / "report.md").read_text() == page
 
     def test_a_battery_beside_the_recipe_s_own_attacks(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
         """One search serves the recipe's own attack and, later, the battery's with the same control."""
