@@ -131,7 +131,7 @@ def run_guarded(
             check = run.judge(i, losses, may_fail, last)
             last = last and not run.again(bar)
             if check:
-                _tell(bar, write, check, losses)
+                _tell(bar, write, guard.scale, check, losses)
             bar.update(progress.iteration)
             progress.history.seconds = spent + watch.seconds()
             keep = partial(save, checkpoint, model, optimisers, progress)
@@ -274,14 +274,13 @@ def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
     return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.25, power)))
 
 
-def _tell(bar: Bar, write: Write, check: Mapping[str, float], losses: Mapping[str, float]) -> None:
+def _tell(bar: Bar, write: Write, scale: Scale, check: Mapping[str, float], losses: Mapping[str, float]) -> None:
     """The progress line and the curves after a check."""
     step = int(check["iteration"])
     for name, value in check.items():
         if name != "iteration" and name not in losses:  # those are written at every iteration
             write(f"protect/{name}", value, step)
     parts = [f"{name} {value:.3f}" for name, value in losses.items()]
-    parts += [f"original {check['original']:.3f}"] if "original" in check else []
-    parts += [f"restricted {check['restricted']:.3f}"] if "restricted" in check else []
+    parts += [f"{n} {scale.shown(check[n])}" for n in ("original", "restricted") if n in check]
     parts += ["rolled back"] if "rolled_back" in check else []
     bar.update(step, " · ".join(parts))
