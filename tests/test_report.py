@@ -167,7 +167,7 @@ def test_what_the_guard_took_back_is_said() -> None:
         found = " ".join(conclusion({**s, "protection": {"tolerance": 0.02, "released": 7, **protection}}))
         return next((p for p in found.split(". ") if "strength" in p), "")
 
-    start = "To keep within the tolerance the defence ended with 0.1 of its strength"
+    start = "To keep within the tolerance the defence was down to 0.1 of its strength in what was released"
     assert said(strength=0.1, attempts=[]) == start
     ended = ": the last part was done again, as the ones ended outside that had 1, 0.45 and 0.16"
     assert said(strength=0.1, attempts=[1.0, 0.45, 0.16]) == start + ended

@@ -262,7 +262,7 @@ def _weakened(protection: Mapping[str, Any]) -> list[str]:
     strength, attempts = protection.get("strength"), protection.get("attempts") or []
     if not protection.get("released") or strength is None or (strength > 0.95 and not attempts):
         return []
-    said = f"To keep within the tolerance the defence ended with {strength:.2g} of its strength"
+    said = f"To keep within the tolerance the defence was down to {strength:.2g} of its strength in what was released"
     tried = " and ".join(", ".join(f"{s:.2g}" for s in attempts).rsplit(", ", 1))
     ended = "one ended" if len(attempts) == 1 else "ones ended"
     return [said + (f": the last part was done again, as the {ended} outside that had {tried}." if attempts else ".")]
