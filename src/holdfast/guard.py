@@ -42,15 +42,15 @@ class Guard:
     later), `guarded` (kept, but the state is not yet what is to be released), or `candidate`. From one phase there is
     no way back into an earlier one, except from a NaN.
 
-    A defence whose original metric comes back only in its last part names the iteration after which that begins:
-    `turn`. Where the end has no state within tolerance, that part is done again, weaker by what the breach says
-    (`weakened`), in at most `attempts`; in all but the last of them only a way back weakens it.
+    A defence whose original metric comes back only at its end may have several `attempts`: where the end has no state
+    within tolerance all is done again, from the beginning, weaker by what the breach says (`weakened`); in all but the
+    last of them only a way back weakens it. From the beginning, for what full strength has once taken from the original
+    domain does not come back.
     """
 
     tolerance: float
     every: int
     scale: Scale = ACCURACY
-    turn: int | None = None
     attempts: int = 1
     weaken: float = 0.5
     recover: float = 1.25
@@ -171,26 +171,22 @@ class _Run:
     progress: Progress
 
     def __post_init__(self) -> None:
-        if self.guard.turn == 0 and self.progress.turn is None:
-            self.progress.turn = self.progress.good
+        if self.guard.attempts > 1 and not self.progress.iteration:
+            self.progress.beginning = self.progress.good
 
     def judge(
         self, i: int, losses: Mapping[str, float], may_fail: Collection[str], last: bool
     ) -> dict[str, float] | None:
-        """The check after iteration i, where one is due: every so often, at the end, at the turn, where it broke."""
+        """The check after iteration i, where one is due: every so often, at the end, where it broke."""
         guard, progress = self.guard, self.progress
         failed = {name for name, v in losses.items() if not math.isfinite(v)}
         broken = not failed <= set(may_fail)
         progress.history.silent += bool(failed)
-        turns = i == guard.turn and progress.turn is None
-        if not (broken or i % guard.every == 0 or last or turns):
+        if not (broken or i % guard.every == 0 or last):
             return None
         if not broken:
             self.settle(i)
-        check = self._check(self.phase(i), losses, broken)
-        if turns:  # checked, and whole: what broke has gone back
-            progress.turn = snapshot(self.model, self.optimisers, self.phase(i))
-        return check
+        return self._check(self.phase(i), losses, broken)
 
     def _check(self, phase: Phase, losses: Mapping[str, float], broken: bool) -> dict[str, float]:
         """Measure; accept the state or go back."""
@@ -221,32 +217,31 @@ class _Run:
         return check
 
     def _attempts_left(self) -> bool:
-        return self.guard.turn is not None and len(self.progress.tries) + 1 < self.guard.attempts
+        return self.progress.beginning is not None and len(self.progress.tries) + 1 < self.guard.attempts
 
     def again(self, bar: Bar) -> bool:
-        """After the last check: whether the last part is to be done again; then everything is back at its beginning,
-        and weaker."""
+        """After the last check: whether all is to be done again; then everything is back at the beginning, and
+        weaker."""
         guard, progress, check = self.guard, self.progress, self.progress.history.checks[-1]
         fall = progress.baseline - check.get("original", math.nan)
         allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
         out = not fall <= allowed and not progress.best_iteration and check["strength"] > guard.weakest
-        if not out or progress.turn is None or not self._attempts_left():
+        if not out or progress.beginning is None or not self._attempts_left():
             return False
         progress.tries.append((check["strength"], fall))
         progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
-        restore(self.model, self.optimisers, progress.turn)
-        progress.good = progress.turn
+        restore(self.model, self.optimisers, progress.beginning)
+        progress.good = progress.beginning
         progress.history.rollbacks += "rolled_back" not in check  # as one that broke has been already
         check["rolled_back"] = 1.0
-        again = progress.at - (guard.turn or 0)
-        progress.repeated += again
-        bar.extend(again)
+        bar.extend(progress.at)
+        progress.repeated = progress.iteration
         kept = guard.scale.shown(check.get("original"))
         found = (
             "the model broke" if math.isnan(fall) else f"{kept} on the original domain at the end, below the tolerance"
         )
         self.workplace.reporter.say(
-            f"protect: {found}; the last {again} iterations again, with restricted terms at {progress.strength:.2g}"
+            f"protect: {found}; from the beginning again, with restricted terms at {progress.strength:.2g}"
         )
         return True
 

@@ -41,15 +41,15 @@ class History:
     rollbacks: int = 0
     silent: int = 0  # iterations in which a loss that may fail was not finite
     seconds: float = 0.0  # without those of probes that decide nothing
-    attempts: list[float] = field(default_factory=list)  # at the last part that ended outside: the strength of each
+    attempts: list[float] = field(default_factory=list)  # that ended outside: the strength of each
     released: int | None = None  # the iteration, with those done again, whose state was released; 0: the unprotected
 
 
 @dataclass
 class Progress:
-    """How far a run is, and what it can go back to. `iteration` counts all that were done; `repeated` of them were done
-    again, in attempts that had ended outside of the tolerance: `tries`, the strength of each and how far the original
-    metric had fallen."""
+    """How far a run is, and what it can go back to. `iteration` counts all that were done; `repeated` of them in
+    attempts that ended outside of the tolerance: `tries`, the strength of each and how far the original metric had
+    fallen."""
 
     iteration: int
     strength: float
@@ -59,7 +59,7 @@ class Progress:
     history: History
     good: Snapshot  # the last one within tolerance
     best: State  # what would be released now
-    turn: Snapshot | None = None  # from which an attempt starts
+    beginning: Snapshot | None = None  # from which another attempt starts, where there may be one
     ceiling: float = 1.0  # of `strength`, in this attempt
     repeated: int = 0
     tries: list[tuple[float, float]] = field(default_factory=list)
@@ -114,7 +114,8 @@ def start(
         history = History(saved["checks"], saved["rollbacks"], saved.get("silent", 0), saved["seconds"])
         counted = {n: saved[n] for n in COUNTED if n in saved}
         counted["tries"] = [(s, d) for s, d in counted.get("tries", [])]
-        return Progress(**counted, history=history, good=saved["good"], best=saved["best"], turn=saved.get("turn"))
+        kept = {n: saved[n] for n in ("good", "best")}
+        return Progress(**counted, history=history, **kept, beginning=saved.get("beginning"))
     baseline, score = original(), restricted()
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")
@@ -140,6 +141,6 @@ def save(
             "now": snapshot(model, optimisers, "candidate"),
             "good": progress.good,
             "best": progress.best,
-            "turn": progress.turn,
+            "beginning": progress.beginning,
         }
     )

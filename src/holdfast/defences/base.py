@@ -118,15 +118,14 @@ class Engine(ABC):
     """The moving parts of one protection: `length` iterations; `states`: what goes back with the model after a breach;
     `restricted_metric`: what the curve shows, and the selection may look at, lower is better; `may_fail`: losses that
     are NaN in an iteration that had nothing to say, though the model is whole; `settling`: the size of the batches with
-    which running statistics are taken anew before a check (`Given.settle`), 0 where they are left; `turn`, `attempts`:
-    where the last part begins, and how often it is tried (`holdfast.guard.Guard`)."""
+    which running statistics are taken anew before a check (`Given.settle`), 0 where they are left; `attempts`: how
+    often all of it may be tried (`holdfast.guard.Guard`)."""
 
     length: int
     states: Mapping[str, Stateful]
     restricted_metric: Callable[[], float]
     may_fail: ClassVar[Collection[str]] = ()
     settling: int = 0
-    turn: int | None = None
     attempts: int = 1
 
     @abstractmethod
@@ -249,7 +248,7 @@ class Guarded:
             engine.states,
             engine.iterate,
             iterations=engine.length,
-            guard=Guard(self.tolerance, self.check_every, given.task.scale, engine.turn, engine.attempts),
+            guard=Guard(self.tolerance, self.check_every, given.task.scale, engine.attempts),
             original=given.original_metric,
             restricted=engine.restricted_metric,
             identity=identity,

@@ -90,7 +90,7 @@ class Lockout(Guarded):
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.02
-    attempts: int = 4  # at that last part, each weaker, where the one before ended outside of the tolerance
+    attempts: int = 4  # each weaker, where the one before ended outside of the tolerance
     check_every: int = 3
     probe_steps: int = 50
     released: ClassVar[Select] = "last"
@@ -191,7 +191,7 @@ class _Engine(Engine):
         self.simulation = spec.sophon.engine(given) if spec.sophon else None
         if spec.sophon:
             self.length += spec.sophon.iterations
-        self.turn, self.attempts = self.length - self._repairing(), spec.attempts
+        self.attempts = spec.attempts
         self.head = given.head()
         self.places = Places(given, spec.close, spec.spared)
         found = len(self.places.closed)
