@@ -149,3 +149,33 @@ def test_a_setting_that_the_defence_refuses_is_passed_over(recipe: str, tmp_path
     assert [t["setting"] for t in result["trials"]] == [{"defence.iterations": 4}] * len(result["trials"])
     assert len(result["trials"]) + len(result["refused"]) == 3
     assert result["refused"]
+
+
+def test_a_setting_that_is_behind_on_the_first_pair_is_not_tried_on_the_second(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacker is `factor` points ahead on the first pair, −`factor` on the second."""
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(recipe).read_text())
+
+    def audited(plans: Any, *_: Any) -> Any:
+        (plan,) = plans
+        ahead = plan.recipe.defence.factor * (1 if plan.base.name == "pair" else -1)
+        worst = {m: {"final": v, "along_the_way": 0.0} for m, v in (("protected", ahead), ("scratch", 0.0))}
+        restricted = {"worst_case": worst, "metric": "accuracy"}
+        return {plan.preset: [{"restricted": restricted, "intactness": {"ratio": 1.0}, "verdict": "failed"}]}
+
+    monkeypatch.setattr("holdfast.tuning.run_comparison", audited)
+    result = Tuning([recipe, str(other)], [parse_axis("defence.factor=1..4")], tmp_path / "out").run(12)
+    finished = [t["scores"]["pair"]["ahead"] for t in result["trials"]]
+    stopped = [t["scores"]["pair"]["ahead"] for t in result["stopped"]]
+    assert len(finished) + len(stopped) == 12
+    assert result["refused"] == []
+    assert stopped, "of eight tries after the first four some are behind"
+    assert min(stopped) > sorted(finished)[len(finished) // 4], "only what is worse than others is stopped"
+    assert all(set(t["scores"]) == {"pair"} for t in result["stopped"])
+    rows = [r for r in as_table(result).splitlines() if "stopped" in r]
+    assert len(rows) == len(stopped)
+    assert all(" | – | " in r for r in rows)
+    again = Tuning([recipe, str(other)], [parse_axis("defence.factor=1..4")], tmp_path / "out").run(13, resume=True)
+    assert len(again["trials"]) + len(again["stopped"]) == 13, "what was stopped counts as tried"

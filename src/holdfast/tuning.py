@@ -28,8 +28,9 @@ SEED = 0  # of the protections, and of the sampler
 KEEP = 0.97  # intactness below which a setting pays
 PENALTY = 10.0  # in points of advantage for a point of intactness below
 STUDY = "tune"
-WORKED, REFUSED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
-DONE = (WORKED, REFUSED)
+WORKED, LEFT = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED  # left: stopped early, or refused
+DONE = (WORKED, LEFT)
+SURE = 4  # tries that are finished before one is stopped early
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class Tuning:
     def run(self, trials: int, resume: bool = False) -> dict[str, Any]:
         """Try until `trials` settings are done; write `tune.json` after each, and return its contents. A search that
         was killed goes on with the try that it was at. A setting that the defence refuses counts as tried, and is
-        passed over."""
+        passed over; one whose pairs so far are worse, on average, than those of half of the tries is tried on no
+        further pair."""
         require(trials >= 1, f"a search needs at least 1 trial, but got {trials}")
         journal = self.out / "study.log"
         require(resume or not journal.exists(), f"{self.out} already holds a search; add --resume to continue it")
@@ -193,18 +195,31 @@ class Tuning:
         except UserError as error:
             if self.reporter:
                 self.reporter.say(f"passed over: {error}")
-            study.tell(trial, state=REFUSED)
+            study.tell(trial, state=LEFT)
             return
-        found = {p.base.name: run_comparison([p], True, self.reporter, self.pixels)[p.preset][0] for p in plans}
-        scores = {name: score(s) for name, s in found.items()}
+        found: dict[str, Any] = {}
+        scores: dict[str, dict[str, float]] = {}
+        for i, plan in enumerate(plans, 1):
+            summary = run_comparison([plan], True, self.reporter, self.pixels)[plan.preset][0]
+            found[plan.base.name], scores[plan.base.name] = summary, score(summary)
+            mean = sum(s["loss"] for s in scores.values()) / i
+            trial.report(mean, i)
+            if i < len(plans) and trial.should_prune():
+                break
         trial.set_user_attr("scores", scores)
         trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
-        trial.set_user_attr("metric", next(iter(found.values()))["restricted"]["metric"])
-        study.tell(trial, sum(s["loss"] for s in scores.values()) / len(scores))
+        trial.set_user_attr("metric", summary["restricted"]["metric"])
+        if len(scores) == len(plans):
+            study.tell(trial, mean)
+            return
+        if self.reporter:
+            self.reporter.say(f"stopped after {i} of {len(plans)} pairs: {mean:+.4f} is worse than half of the tries")
+        study.tell(trial, state=LEFT)
 
     def _study(self, journal: Path) -> optuna.Study:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
-        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=SURE)
+        study = optuna.create_study(storage=storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
         asked: dict[str, Any] = {"space": [repr(a) for a in self.axes], "recipes": self._names()}
         asked |= {"preset": self.preset, "changes": list(self.changes)}
         known = study.user_attrs.get("asked")
@@ -224,11 +239,14 @@ class Tuning:
         kept = ("setting", "scores", "verdicts")
         finished = study.get_trials(deepcopy=False, states=(WORKED,))
         tried = [{"loss": t.value, **{n: t.user_attrs[n] for n in kept}} for t in finished]
-        refused = [t.user_attrs["setting"] for t in study.get_trials(deepcopy=False, states=(REFUSED,))]
+        left = [t.user_attrs for t in study.get_trials(deepcopy=False, states=(LEFT,))]
+        refused = [a["setting"] for a in left if "scores" not in a]
+        stopped = [{n: a[n] for n in kept} for a in left if "scores" in a]
         require(bool(tried), "the defence refuses every setting that was tried")
         best = min(tried, key=lambda t: float(t["loss"]))
         metric = finished[0].user_attrs["metric"]
-        return {"recipes": self._names(), "metric": metric, "best": best, "trials": tried, "refused": refused}
+        others = {"stopped": stopped, "refused": refused}
+        return {"recipes": self._names(), "metric": metric, "best": best, "trials": tried, **others}
 
 
 def _stem(recipe: str) -> str:
@@ -241,14 +259,15 @@ def _sampler(tries: int) -> optuna.samplers.TPESampler:
 
 
 def as_table(result: Mapping[str, Any]) -> str:
-    """The tries, best first, and the best as options of the command line."""
+    """The tries, best first, then those that were stopped early; and the best as options of the command line."""
     scale = scale_of(result["metric"])
     lines = ["| loss | " + " | ".join(f"{n}: ahead, intactness" for n in result["recipes"]) + " | setting |"]
     lines.append("|---|" + "---|" * (len(result["recipes"]) + 1))
-    for trial in sorted(result["trials"], key=lambda t: float(t["loss"])):
-        found = [trial["scores"][n] for n in result["recipes"]]
-        cells = " | ".join(f"{scale.difference(s['ahead'])}, {s['ratio']:.3f}" for s in found)
-        lines.append(f"| {trial['loss']:+.4f} | {cells} | {_words(trial['setting'])} |")
+    for trial in [*sorted(result["trials"], key=lambda t: float(t["loss"])), *result["stopped"]]:
+        found = [trial["scores"].get(n) for n in result["recipes"]]
+        cells = " | ".join(f"{scale.difference(s['ahead'])}, {s['ratio']:.3f}" if s else "–" for s in found)
+        loss = f"{trial['loss']:+.4f}" if "loss" in trial else "stopped"
+        lines.append(f"| {loss} | {cells} | {_words(trial['setting'])} |")
     chosen = " ".join(f"--set {n}={v}" for n, v in result["best"]["setting"].items())
     return "\n".join([*lines, "", f"best: {chosen}"])
 
