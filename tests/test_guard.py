@@ -289,12 +289,13 @@ class TestAttempts:
         bench, _ = self.run([0.0, 0.3, 0.0, 0.0], attempts=2)
         assert [s for _, s, _ in bench.seen] == pytest.approx([1, 1, 1, 1, 0.3, 0.3, 0.3, 0.3])
 
-    def test_weaker_than_what_was_in_force(self) -> None:
-        """A NaN on the way had halved it: the next attempt starts from that, not from the whole."""
-        bench, _ = self.run([0.01, math.nan, 0.24], attempts=2)
-        # Back to 0.01 and at half strength 0.01 + 0.12 at the end: 0.9·0.1/0.13 of the half.
+    def test_weaker_than_what_it_began_with(self) -> None:
+        """A NaN on the way halves it for a while; the attempt is still one at the strength that it began with."""
+        bench, history = self.run([0.01, math.nan, 0.24], attempts=2)
+        # Back to 0.01 and at half strength 0.01 + 0.12 at the end: 0.9·0.1/0.13 of the whole.
         assert [round(s, 6) for _, s, _ in bench.seen[:3]] == [1, 1, 0.5]
-        assert bench.seen[3][1] == pytest.approx(0.5 * 0.09 / 0.13)
+        assert bench.seen[3][1] == pytest.approx(0.09 / 0.13)
+        assert history.attempts == [1.0]
 
     def test_a_last_check_that_broke_counts_once(self) -> None:
         bench, history = self.run([0.01, 0.0, math.nan], attempts=2)
@@ -337,14 +338,7 @@ class TestAttempts:
         moves = [0.01, 0.12, 0.17]
         whole, expected = self.run(moves, attempts=2)
         first = Bench(moves)
-        iterate = first.iterate
-
-        def dying(i: int, strength: float):
-            if len(first.seen) == stop:
-                raise InterruptedError
-            return iterate(i, strength)
-
-        first.iterate = dying
+        first.iterate = self._dying(first, stop)
         if stop < 6:
             with pytest.raises(InterruptedError):
                 self.run(moves, 2, bench=first, workplace=Workplace(tmp_path, save_every_seconds=-1))
@@ -355,6 +349,47 @@ class TestAttempts:
         assert second.seen == whole.seen
         assert second.weight() == whole.weight()
         assert (history.checks, history.released) == (expected.checks, expected.released)
+
+    def test_an_attempt_that_is_done_early_ends_there(self) -> None:
+        bench = Bench([0.01, 0.3, 0.0, 0.0])
+        history = run_guarded(
+            bench.model,
+            {"adam": bench.optimiser},
+            bench.iterate,
+            iterations=4,
+            guard=Guard(0.1, 3, attempts=2),
+            original=lambda: 1 - bench.weight(),
+            restricted=lambda: 0.0,
+            identity="x",
+            workplace=Workplace(),
+            done=lambda i: i == 2,
+            select="last",
+        )
+        assert [(i, round(s, 6)) for i, s, _ in bench.seen] == [(1, 1), (2, 1), (1, 0.290323), (2, 0.290323)]
+        assert (history.released, bench.weight()) == (4, pytest.approx(0.09))
+
+    def test_a_checkpoint_made_before_there_were_attempts_has_them(self, tmp_path: Path) -> None:
+        moves = [0.01, 0.12, 0.17]
+        first = Bench(moves)
+        first.iterate = self._dying(first, 1)
+        place = Workplace(tmp_path, save_every_seconds=-1)
+        with pytest.raises(InterruptedError):
+            self.run(moves, 1, bench=first, workplace=place)
+        second = Bench(moves, seen=list(first.seen))
+        _, history = self.run(moves, 2, bench=second, workplace=Workplace(tmp_path, resume=True))
+        assert (history.released, history.attempts) == (6, [1.0])
+        assert second.weight() == pytest.approx(0.09)
+
+    @staticmethod
+    def _dying(bench: Bench, after: int):
+        iterate = bench.iterate
+
+        def dying(i: int, strength: float):
+            if len(bench.seen) == after:
+                raise InterruptedError
+            return iterate(i, strength)
+
+        return dying
 
 
 class TestWeakened:

@@ -639,3 +639,31 @@ def test_a_recipe_nests_sophon(tmp_path) -> None:
     assert changed.defence_object.sophon.inner_steps == 9
     with pytest.raises(UserError, match="inner_stepz"):
         parse_recipe({**raw, "defence": {"name": "lockout", "sophon": {"inner_stepz": 7}}})
+
+
+def test_another_attempt_is_a_fresh_protection_at_that_strength(
+    original, restricted, architecture, task, runtime, clean_state, monkeypatch
+) -> None:
+    """The first of two is told that it ended at half of the original metric, where a tenth may go: 0.9·0.1/0.5."""
+    told: list[float] = []
+    monkeypatch.setattr(Given, "original_metric", lambda _: told.pop(0) if told else 1.0)
+
+    def protected(**changes):
+        model = architecture.build(5)
+        model.load_state_dict(clean_state)
+        spec = Lockout(iterations=4, steps=2, batch_size=20, probe_steps=1, tolerance=0.1, **changes)
+        given = (original, restricted.halves(0)[0])
+        own = {"restricted_classes": 5, "architecture": architecture, "task": task, "runtime": runtime}
+        history = spec.protect(model, *given, **own)
+        return state_of(model), history
+
+    told += [1.0, 0.5, 0.5]  # unprotected; the checks after iterations 3 and 4
+    second, history = protected(attempts=2)
+    assert history.attempts == [1.0]
+    assert history.released == 8
+    (strength,) = {c["strength"] for c in history.checks if c["iteration"] > 4}
+    assert strength == pytest.approx(0.18)
+    fresh, _ = protected(strength=strength)
+    assert all(torch.equal(v, fresh[n]) for n, v in second.items())
+    full, _ = protected()
+    assert not torch.equal(full["0.weight"], fresh["0.weight"])

@@ -169,9 +169,9 @@ def test_what_the_guard_took_back_is_said() -> None:
 
     start = "To keep within the tolerance the defence was down to 0.1 of its strength in what was released"
     assert said(strength=0.1, attempts=[]) == start
-    ended = ", after 3 attempts that ended outside, at 1, 0.45 and 0.16"
+    ended = ", after 3 attempts that did not end within it, at 1, 0.45 and 0.16"
     assert said(strength=0.1, attempts=[1.0, 0.45, 0.16]) == start + ended
-    assert said(strength=0.1, attempts=[1.0]).endswith("after an attempt that ended outside, at 1")
+    assert said(strength=0.1, attempts=[1.0]).endswith("after an attempt that did not end within it, at 1")
     assert said(strength=1.0, attempts=[]) == said(strength=None) == said(strength=0.1, released=0) == ""
 
 

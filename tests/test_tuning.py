@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 
 from holdfast.errors import UserError
-from holdfast.tuning import Axis, Tuning, as_table, parse_axis, score
+from holdfast.tuning import LEFT, Axis, Tuning, _behind, as_table, parse_axis, score
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +173,40 @@ def test_a_setting_that_is_behind_on_the_first_pair_is_not_tried_on_the_second(
     assert len(finished) + len(stopped) == 12
     assert result["refused"] == []
     assert stopped, "of eight tries after the first four some are behind"
-    assert min(stopped) > sorted(finished)[len(finished) // 4], "only what is worse than others is stopped"
+    assert all(t["loss"] == t["scores"]["pair"]["loss"] for t in result["stopped"])
+    assert finished[:4] == [t["scores"]["pair"]["ahead"] for t in result["trials"][:4]], (
+        "the first four are tried whole"
+    )
     assert all(set(t["scores"]) == {"pair"} for t in result["stopped"])
     rows = [r for r in as_table(result).splitlines() if "stopped" in r]
     assert len(rows) == len(stopped)
     assert all(" | – | " in r for r in rows)
     again = Tuning([recipe, str(other)], [parse_axis("defence.factor=1..4")], tmp_path / "out").run(13, resume=True)
     assert len(again["trials"]) + len(again["stopped"]) == 13, "what was stopped counts as tried"
+
+
+def test_behind_is_above_the_median_of_all_that_have_come_as_far() -> None:
+    study = optuna.create_study()
+    losses = [(0.1, 0.9), (0.2, None), (0.3, 0.1), (None, None), (0.4, 0.2)]  # a refused one among them
+    for values in losses[:-1]:
+        trial = study.ask()
+        for i, value in enumerate(values, 1):
+            if value is not None:
+                trial.report(value, i)
+        study.tell(trial, values[1], state=None if values[1] is not None else LEFT)
+    assert not _behind(study, 1, 9.0), "three have come as far"
+    trial = study.ask()
+    trial.report(0.4, 1)
+    trial.report(0.2, 2)
+    study.tell(trial, 0.2)
+    assert not _behind(study, 1, 0.25), "half of 0.1, 0.2, 0.3, 0.4"
+    assert _behind(study, 1, 0.26)
+    assert not _behind(study, 2, 9.0), "three have come to the second"
+
+
+def test_a_try_that_was_killed_while_it_was_drawn_is_tried_whole(recipe: str, tmp_path: Path) -> None:
+    axes = [parse_axis("defence.iterations=2..8"), parse_axis("defence.factor=1..4")]
+    search = Tuning([recipe], axes, tmp_path)
+    left = search._study(tmp_path / "study.log").ask()
+    search.axes[0].suggest(left)
+    assert search.run(1, resume=True)["trials"][0]["setting"] == {"defence.iterations": 4, "defence.factor": 2.0}

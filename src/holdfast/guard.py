@@ -105,8 +105,9 @@ def run_guarded(
     `original()` is the original metric on validation data, `restricted()` what a simulated adversary reaches. Of the
     candidates within tolerance the one with the `lowest` of it is released, or the `last`. The unprotected model is
     itself a candidate, so the result is never out of tolerance. `iterate` must draw its randomness from i alone: then a
-    run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run after iteration i. `settle(i)` makes
-    the state after iteration i fit to be measured, where that is due; only what is measured is ever released.
+    run resumed from any checkpoint is the run undisturbed. `done(i)` ends the run, or this attempt at it, after
+    iteration i. `settle(i)` makes the state after iteration i fit to be measured, where that is due; only what is
+    measured is ever released.
     `identity` names the run in its checkpoint; a checkpoint of another run is refused.
     A loss that is not finite means a broken model, but for those that `may_fail`: there an iteration said nothing.
     """
@@ -114,7 +115,7 @@ def run_guarded(
     original, restricted = (_common(m, workplace) for m in (original, restricted))
     probe = watch.apart(restricted) if select == "last" else restricted
     checkpoint = workplace.checkpoint(identity)
-    progress = start(model, optimisers, original, probe, workplace.load(checkpoint), phase(1))
+    progress = start(model, optimisers, original, probe, workplace.load(checkpoint), phase(1), guard.attempts > 1)
     run = _Run(model, optimisers, guard, original, probe, phase, select, settle, workplace, progress)
     spent = progress.history.seconds
     clock = Clock(workplace.save_every_seconds)
@@ -170,10 +171,6 @@ class _Run:
     workplace: Workplace
     progress: Progress
 
-    def __post_init__(self) -> None:
-        if self.guard.attempts > 1 and not self.progress.iteration:
-            self.progress.beginning = self.progress.good
-
     def judge(
         self, i: int, losses: Mapping[str, float], may_fail: Collection[str], last: bool
     ) -> dict[str, float] | None:
@@ -225,10 +222,11 @@ class _Run:
         guard, progress, check = self.guard, self.progress, self.progress.history.checks[-1]
         fall = progress.baseline - check.get("original", math.nan)
         allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
-        out = not fall <= allowed and not progress.best_iteration and check["strength"] > guard.weakest
+        strength = progress.ceiling if math.isfinite(fall) else check["strength"]
+        out = not fall <= allowed and not progress.best_iteration and strength > guard.weakest
         if not out or progress.beginning is None or not self._attempts_left():
             return False
-        progress.tries.append((check["strength"], fall))
+        progress.tries.append((strength, fall))
         progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
         restore(self.model, self.optimisers, progress.beginning)
         progress.good = progress.beginning

@@ -107,21 +107,24 @@ def start(
     restricted: Measure,
     saved: Mapping[str, Any] | None,
     phase: Phase,
+    again: bool = False,
 ) -> Progress:
-    """From what a checkpoint held where there is one to resume, else from the unprotected model."""
+    """From what a checkpoint held where there is one to resume, else from the unprotected model, which `model` is in
+    either case; `again`: whether it is kept, as what another attempt starts from."""
+    beginning = snapshot(model, optimisers, phase) if again else None
     if saved is not None:
         restore(model, optimisers, saved["now"])
         history = History(saved["checks"], saved["rollbacks"], saved.get("silent", 0), saved["seconds"])
         counted = {n: saved[n] for n in COUNTED if n in saved}
         counted["tries"] = [(s, d) for s, d in counted.get("tries", [])]
         kept = {n: saved[n] for n in ("good", "best")}
-        return Progress(**counted, history=history, **kept, beginning=saved.get("beginning"))
+        return Progress(**counted, history=history, **kept, beginning=beginning)
     baseline, score = original(), restricted()
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")
     first = {"iteration": 0.0, "original": baseline, "restricted": score, "strength": 1.0}
-    good, best = snapshot(model, optimisers, phase), parts_of_state(model)
-    return Progress(0, 1.0, score, 0, baseline, History([first]), good, best)
+    good, best = beginning or snapshot(model, optimisers, phase), parts_of_state(model)
+    return Progress(0, 1.0, score, 0, baseline, History([first]), good, best, beginning)
 
 
 def save(
@@ -141,6 +144,5 @@ def save(
             "now": snapshot(model, optimisers, "candidate"),
             "good": progress.good,
             "best": progress.best,
-            "beginning": progress.beginning,
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ PENALTY = 10.0  # in points of advantage for a point of intactness below
 STUDY = "tune"
 WORKED, LEFT = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED  # left: stopped early, or refused
 DONE = (WORKED, LEFT)
-SURE = 4  # tries that are finished before one is stopped early
+SURE = 4  # tries that have come as far, before one is stopped early
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ class Tuning:
     def run(self, trials: int, resume: bool = False) -> dict[str, Any]:
         """Try until `trials` settings are done; write `tune.json` after each, and return its contents. A search that
         was killed goes on with the try that it was at. A setting that the defence refuses counts as tried, and is
-        passed over; one whose pairs so far are worse, on average, than those of half of the tries is tried on no
-        further pair."""
+        passed over; one whose pairs so far are worse, on average, than they were for half of the tries that have come
+        as far is tried on no further pair."""
         require(trials >= 1, f"a search needs at least 1 trial, but got {trials}")
         journal = self.out / "study.log"
         require(resume or not journal.exists(), f"{self.out} already holds a search; add --resume to continue it")
@@ -204,7 +205,7 @@ class Tuning:
             found[plan.base.name], scores[plan.base.name] = summary, score(summary)
             mean = sum(s["loss"] for s in scores.values()) / i
             trial.report(mean, i)
-            if i < len(plans) and trial.should_prune():
+            if i < len(plans) and _behind(study, i, mean):
                 break
         trial.set_user_attr("scores", scores)
         trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
@@ -218,8 +219,7 @@ class Tuning:
 
     def _study(self, journal: Path) -> optuna.Study:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=SURE)
-        study = optuna.create_study(storage=storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
         asked: dict[str, Any] = {"space": [repr(a) for a in self.axes], "recipes": self._names()}
         asked |= {"preset": self.preset, "changes": list(self.changes)}
         known = study.user_attrs.get("asked")
@@ -231,7 +231,7 @@ class Tuning:
             study.set_user_attr("asked", asked)
         for left in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             # Killed at it: its folder goes on where it was.
-            study.enqueue_trial(left.params or left.system_attrs.get("fixed_params", {}))
+            study.enqueue_trial({**left.system_attrs.get("fixed_params", {}), **left.params})
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)
         return study
 
@@ -239,9 +239,9 @@ class Tuning:
         kept = ("setting", "scores", "verdicts")
         finished = study.get_trials(deepcopy=False, states=(WORKED,))
         tried = [{"loss": t.value, **{n: t.user_attrs[n] for n in kept}} for t in finished]
-        left = [t.user_attrs for t in study.get_trials(deepcopy=False, states=(LEFT,))]
-        refused = [a["setting"] for a in left if "scores" not in a]
-        stopped = [{n: a[n] for n in kept} for a in left if "scores" in a]
+        left = study.get_trials(deepcopy=False, states=(LEFT,))
+        refused = [t.user_attrs["setting"] for t in left if "scores" not in t.user_attrs]
+        stopped = [{"loss": t.value, **{n: t.user_attrs[n] for n in kept}} for t in left if "scores" in t.user_attrs]
         require(bool(tried), "the defence refuses every setting that was tried")
         best = min(tried, key=lambda t: float(t["loss"]))
         metric = finished[0].user_attrs["metric"]
@@ -251,6 +251,13 @@ class Tuning:
 
 def _stem(recipe: str) -> str:
     return find_recipe(recipe).stem
+
+
+def _behind(study: optuna.Study, pairs: int, mean: float) -> bool:
+    """Whether the mean loss over so many pairs is above the median of all tries that have come as far."""
+    before = [t.intermediate_values for t in study.get_trials(deepcopy=False, states=DONE)]
+    known = [values[pairs] for values in before if pairs in values]
+    return len(known) >= SURE and mean > statistics.median(known)
 
 
 def _sampler(tries: int) -> optuna.samplers.TPESampler:
@@ -263,11 +270,12 @@ def as_table(result: Mapping[str, Any]) -> str:
     scale = scale_of(result["metric"])
     lines = ["| loss | " + " | ".join(f"{n}: ahead, intactness" for n in result["recipes"]) + " | setting |"]
     lines.append("|---|" + "---|" * (len(result["recipes"]) + 1))
-    for trial in [*sorted(result["trials"], key=lambda t: float(t["loss"])), *result["stopped"]]:
+    tries = [t for n in ("trials", "stopped") for t in sorted(result[n], key=lambda t: float(t["loss"]))]
+    for trial in tries:
         found = [trial["scores"].get(n) for n in result["recipes"]]
         cells = " | ".join(f"{scale.difference(s['ahead'])}, {s['ratio']:.3f}" if s else "–" for s in found)
-        loss = f"{trial['loss']:+.4f}" if "loss" in trial else "stopped"
-        lines.append(f"| {loss} | {cells} | {_words(trial['setting'])} |")
+        early = ", stopped" if None in found else ""
+        lines.append(f"| {trial['loss']:+.4f}{early} | {cells} | {_words(trial['setting'])} |")
     chosen = " ".join(f"--set {n}={v}" for n, v in result["best"]["setting"].items())
     return "\n".join([*lines, "", f"best: {chosen}"])
 

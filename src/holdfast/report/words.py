@@ -265,7 +265,7 @@ def _weakened(protection: Mapping[str, Any]) -> list[str]:
     said = f"To keep within the tolerance the defence was down to {strength:.2g} of its strength in what was released"
     tried = " and ".join(", ".join(f"{s:.2g}" for s in attempts).rsplit(", ", 1))
     which = "an attempt" if len(attempts) == 1 else f"{len(attempts)} attempts"
-    return [said + (f", after {which} that ended outside, at {tried}." if attempts else ".")]
+    return [said + (f", after {which} that did not end within it, at {tried}." if attempts else ".")]
 
 
 def _scales(found: dict[str, float] | None, scale: Scale) -> list[str]:
