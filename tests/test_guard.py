@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.attempts import another, between, weakened
 from holdfast.errors import UserError
 from holdfast.files import load_torch
-from holdfast.guard import Guard, run_guarded, weakened
+from holdfast.guard import Guard, run_guarded
 from holdfast.progress import Reporter
 from holdfast.workplace import Workplace
 
@@ -350,6 +351,40 @@ class TestAttempts:
         assert second.weight() == whole.weight()
         assert (history.checks, history.released) == (expected.checks, expected.released)
 
+    @staticmethod
+    def falling(fall) -> Bench:
+        """Ends `fall(strength)` below where it began, whatever has happened before."""
+        bench = Bench([0.0, 0.0])
+        iterate = bench.iterate
+
+        def falls(i: int, strength: float) -> dict[str, float]:
+            found = iterate(i, strength)
+            with torch.no_grad():
+                bench.model.weight.fill_(fall(strength))
+            return found
+
+        bench.iterate = falls
+        return bench
+
+    def test_one_that_used_little_of_the_tolerance_is_followed_by_a_stronger_one(self) -> None:
+        bench, history = self.run([0.0, 0.0], 4, bench=self.falling(lambda s: 0.3 * s**2))
+        tried = [s for i, s, _ in bench.seen if i == 1]
+        # 0.9·0.1/0.3 of it loses 0.027; then by the logarithm: (0.09 − 0.027)/(0.3 − 0.027) of the way to 1, …
+        second = 0.3 * (1 / 0.3) ** (0.063 / 0.273)
+        third = second * (1 / second) ** 0.2  # … and no less than a fifth of it
+        assert tried == pytest.approx([1, 0.3, second, third])
+        assert bench.weight() == pytest.approx(0.3 * third**2, rel=1e-4)
+        assert (history.released, history.attempts) == (8, [1.0])
+
+    def test_a_stronger_one_that_ends_outside_is_not_released(self) -> None:
+        bench, history = self.run([0.0, 0.0], 9, bench=self.falling(lambda s: 0.02 if s < 0.35 else 0.3))
+        tried = [s for i, s, _ in bench.seen if i == 1]
+        assert tried == pytest.approx([1, 0.3, 0.3 * (1 / 0.3) ** 0.25]), "between 0.3 and 0.405 there is no room"
+        assert bench.weight() == pytest.approx(0.02)
+        assert history.released == 4
+        assert history.attempts == pytest.approx([1.0, tried[2]])
+        assert [s for i, s, _ in bench.seen if i == 2] == pytest.approx(tried), "it is not weakened on the way"
+
     def test_an_attempt_that_is_done_early_ends_there(self) -> None:
         bench = Bench([0.01, 0.3, 0.0, 0.0])
         history = run_guarded(
@@ -390,6 +425,30 @@ class TestAttempts:
             return iterate(i, strength)
 
         return dying
+
+
+class TestAnother:
+    def test_weaker_until_one_is_within(self) -> None:
+        assert another([(1.0, 0.06)], 0.02, 1e-3) == pytest.approx(0.3)
+        assert another([(1.0, math.nan)], 0.02, 1e-3) == 0.5
+        assert another([(1.0, 60.0)], 0.02, 1e-3) == 1e-3
+        assert another([(1.0, 60.0), (1e-3, 1.0)], 0.02, 1e-3) is None
+
+    def test_full_strength_within_is_all_there_is(self) -> None:
+        assert another([(1.0, -0.1)], 0.02, 1e-3) is None
+
+    def test_stronger_where_little_of_the_tolerance_was_used(self) -> None:
+        assert another([(1.0, 0.06), (0.3, 0.01)], 0.02, 1e-3) is None, "half of it"
+        assert another([(1.0, 0.06), (0.3, 0.009)], 0.02, 1e-3) == pytest.approx(0.3 * (1 / 0.3) ** 0.2)
+        tries = [(1.0, 0.06), (0.1, -0.01), (0.4, 0.03)]
+        assert another(tries, 0.02, 1e-3) == pytest.approx(0.1 * 4 ** (0.028 / 0.04))
+        assert another([*tries, (0.3, 0.0)], 0.02, 1e-3) is None, "0.3 and 0.4 are too near"
+
+    def test_between_by_hand(self) -> None:
+        assert between((0.1, 0.0), (0.4, 0.036), 0.02) == pytest.approx(0.2)
+        assert between((0.1, 0.0), (0.4, 9.0), 0.02) == pytest.approx(0.1 * 4**0.2)
+        assert between((0.1, -9.0), (0.4, 0.021), 0.02) == pytest.approx(0.1 * 4**0.8)
+        assert between((0.1, 0.0), (0.4, math.nan), 0.02) == pytest.approx(0.2)
 
 
 class TestWeakened:

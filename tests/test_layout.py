@@ -60,6 +60,7 @@ ORDER = [
     "metrics",
     "workplace",
     "snapshots",
+    "attempts",
     "guard",
     "defences.base",
     "defences.probing",

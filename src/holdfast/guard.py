@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from torch import nn
 
+from holdfast.attempts import another
 from holdfast.checkpoints import Clock
 from holdfast.errors import require
 from holdfast.models import load_state, parts_of_state
@@ -26,8 +27,6 @@ from holdfast.workplace import Workplace, Write, curves
 
 Select = Literal["lowest", "last"]
 Iterate = Callable[[int, float], Mapping[str, float]]
-
-AIM = 0.9  # of what the original metric may lose: where another attempt should end
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Guard:
     no way back into an earlier one, except from a NaN.
 
     A defence whose original metric comes back only at its end may have several `attempts`: where the end has no state
-    within tolerance all is done again, from the beginning, weaker by what the breach says (`weakened`); in all but the
-    last of them only a way back weakens it. From the beginning, for what full strength has once taken from the original
-    domain does not come back.
+    within tolerance all is done again, from the beginning, weaker by what the breach says; where it then uses little of
+    the tolerance, again, and stronger (`holdfast.attempts`). In all but the last of them only a way back weakens it.
+    From the beginning, for what full strength has once taken from the original domain does not come back.
     """
 
     tolerance: float
@@ -199,7 +198,7 @@ class _Run:
                 restore(model, self.optimisers, progress.good)
                 progress.history.rollbacks += 1
                 entry["rolled_back"] = 1.0
-            if back or not self._attempts_left():
+            if back or not (self._attempts_left() or progress.best_iteration):
                 progress.strength = max(guard.weakest, progress.strength * guard.weaken)
         else:
             score = math.inf if phase == "free" else self.restricted()
@@ -218,53 +217,52 @@ class _Run:
 
     def again(self, bar: Bar) -> bool:
         """After the last check: whether all is to be done again; then everything is back at the beginning, and
-        weaker."""
+        weaker, or stronger."""
         guard, progress, check = self.guard, self.progress, self.progress.history.checks[-1]
         fall = progress.baseline - check.get("original", math.nan)
-        allowed = progress.baseline - guard.scale.floor(progress.baseline, guard.tolerance)
-        strength = progress.ceiling if math.isfinite(fall) else check["strength"]
-        out = not fall <= allowed and not progress.best_iteration and strength > guard.weakest
-        if not out or progress.beginning is None or not self._attempts_left():
+        outside = not fall <= self._allowed()
+        if progress.beginning is None or (outside and self._found_one()):
             return False
-        progress.tries.append((strength, fall))
-        progress.strength = progress.ceiling = max(guard.weakest, weakened(progress.tries, allowed))
+        left = self._attempts_left()
+        progress.tries.append((check["strength"] if math.isnan(fall) else progress.ceiling, fall))
+        strength = another(progress.tries, self._allowed(), guard.weakest) if left else None
+        if strength is None:
+            return False
+        progress.strength = progress.ceiling = strength
         restore(self.model, self.optimisers, progress.beginning)
         progress.good = progress.beginning
-        progress.history.rollbacks += "rolled_back" not in check  # as one that broke has been already
-        check["rolled_back"] = 1.0
+        if outside and "rolled_back" not in check:  # as one that broke has been already
+            progress.history.rollbacks += 1
+            check["rolled_back"] = 1.0
         bar.extend(progress.at)
         progress.repeated = progress.iteration
-        kept = guard.scale.shown(check.get("original"))
-        found = (
-            "the model broke" if math.isnan(fall) else f"{kept} on the original domain at the end, below the tolerance"
-        )
-        self.workplace.reporter.say(
-            f"protect: {found}; from the beginning again, with restricted terms at {progress.strength:.2g}"
-        )
+        self._tell_why(check, outside)
         return True
+
+    def _allowed(self) -> float:
+        """How far the original metric may fall."""
+        baseline = self.progress.baseline
+        return baseline - self.guard.scale.floor(baseline, self.guard.tolerance)
+
+    def _found_one(self) -> bool:
+        """Whether this attempt has had a state within tolerance."""
+        return self.progress.best_iteration > self.progress.repeated
+
+    def _tell_why(self, check: Mapping[str, float], outside: bool) -> None:
+        found = f"{self.guard.scale.shown(check.get('original'))} on the original domain at the end"
+        found += ", outside of the tolerance" if outside else ", well within the tolerance"
+        self.workplace.reporter.say(
+            f"protect: {found if 'original' in check else 'the model broke'}; from the beginning again, with "
+            f"restricted terms at {self.progress.strength:.2g}"
+        )
 
     def release(self) -> History:
         """Leave the best state in the model."""
         progress = self.progress
         load_state(self.model, progress.best)
         progress.history.released = progress.best_iteration
-        progress.history.attempts = [strength for strength, _ in progress.tries]
+        progress.history.attempts = [strength for strength, fall in progress.tries if not fall <= self._allowed()]
         return progress.history
-
-
-def weakened(tries: Sequence[tuple[float, float]], allowed: float) -> float:
-    """Strength for another attempt, after `tries`: pairs of a strength and the fall that it ended with, each more than
-    `allowed`. A fall is taken to grow as strengthᵖ, with p between a quarter and one: by the last two attempts, or one
-    where there has been but one. Those that broke say nothing of it; after one that did: half of its strength."""
-    strength, fall = tries[-1]
-    if not math.isfinite(fall):
-        return strength / 2
-    power, measured = 1.0, [t for t in tries if math.isfinite(t[1])]
-    if len(measured) > 1:
-        stronger, further = measured[-2]
-        comparable = further > fall > 0 and stronger > strength
-        power = math.log(further / fall) / math.log(stronger / strength) if comparable else 0.25
-    return strength * math.pow(AIM * allowed / fall, 1 / min(1.0, max(0.25, power)))
 
 
 def _tell(bar: Bar, write: Write, scale: Scale, check: Mapping[str, float], losses: Mapping[str, float]) -> None:
