@@ -43,8 +43,9 @@ class Guard:
 
     A defence whose original metric comes back only at its end may have several `attempts`: where the end has no state
     within tolerance all is done again, from the beginning, weaker by what the breach says; where it then uses little of
-    the tolerance, again, and stronger (`holdfast.attempts`). In all but the last of them only a way back weakens it.
-    From the beginning, for what full strength has once taken from the original domain does not come back.
+    the tolerance, again, and stronger (`holdfast.attempts`). In all but the last of them, and where one before was
+    within, only a way back weakens it. From the beginning, for what full strength has once taken from the original
+    domain does not come back.
     """
 
     tolerance: float

@@ -48,8 +48,7 @@ class History:
 @dataclass
 class Progress:
     """How far a run is, and what it can go back to. `iteration` counts all that were done; `repeated` of them in
-    attempts that ended outside of the tolerance: `tries`, the strength of each and how far the original metric had
-    fallen."""
+    attempts before this one: `tries`, the strength of each and how far the original metric had fallen at its end."""
 
     iteration: int
     strength: float
@@ -117,8 +116,8 @@ def start(
         history = History(saved["checks"], saved["rollbacks"], saved.get("silent", 0), saved["seconds"])
         counted = {n: saved[n] for n in COUNTED if n in saved}
         counted["tries"] = [(s, d) for s, d in counted.get("tries", [])]
-        kept = {n: saved[n] for n in ("good", "best")}
-        return Progress(**counted, history=history, **kept, beginning=beginning)
+        good, best = saved["good"], saved["best"]
+        return Progress(**counted, history=history, good=good, best=best, beginning=beginning)
     baseline, score = original(), restricted()
     if not math.isfinite(baseline):
         raise UserError("the unprotected model's original metric is not a number; check its weights")

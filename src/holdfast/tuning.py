@@ -199,17 +199,16 @@ class Tuning:
             study.tell(trial, state=LEFT)
             return
         found: dict[str, Any] = {}
-        scores: dict[str, dict[str, float]] = {}
         for i, plan in enumerate(plans, 1):
-            summary = run_comparison([plan], True, self.reporter, self.pixels)[plan.preset][0]
-            found[plan.base.name], scores[plan.base.name] = summary, score(summary)
+            found[plan.base.name] = run_comparison([plan], True, self.reporter, self.pixels)[plan.preset][0]
+            scores = {name: score(s) for name, s in found.items()}
             mean = sum(s["loss"] for s in scores.values()) / i
             trial.report(mean, i)
             if i < len(plans) and _behind(study, i, mean):
                 break
         trial.set_user_attr("scores", scores)
         trial.set_user_attr("verdicts", {n: s["verdict"] for n, s in found.items()})
-        trial.set_user_attr("metric", summary["restricted"]["metric"])
+        trial.set_user_attr("metric", next(iter(found.values()))["restricted"]["metric"])
         if len(scores) == len(plans):
             study.tell(trial, mean)
             return

@@ -90,7 +90,7 @@ class Lockout(Guarded):
     repair: float = 0.4  # share of all iterations, the last, in which the rates fall to zero and states are candidates
     sophon: Sophon | None = None  # the second stage; its iterations come on top
     tolerance: float = 0.02
-    attempts: int = 4  # each weaker, where the one before ended outside of the tolerance
+    attempts: int = 4  # weaker where those before ended outside of the tolerance, stronger where one used little of it
     check_every: int = 3
     probe_steps: int = 50
     released: ClassVar[Select] = "last"
