@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from holdfast.attacks.attack import Attack, Search
-from holdfast.audit import AuditFiles, plan_searches
+from holdfast.audit import AuditFiles
 from holdfast.comparison import check_comparison, plan_comparison, presets_of, run_comparison
 from holdfast.controls import adopt_searches
 from holdfast.domains import Domain, DomainSpec, load_domain
@@ -26,6 +26,7 @@ from holdfast.recipes import load_recipe
 from holdfast.records import SearchRecord
 from holdfast.report.compare import as_markdown, write_comparison
 from holdfast.report.frontier import in_order
+from holdfast.searches import plan_searches
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,8 @@ def test_a_search_is_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:
     theirs, ours = AuditFiles(tmp_path / "theirs"), AuditFiles(tmp_path / "ours")
     for folder in (theirs.folder, ours.folder):
         folder.mkdir()
-    theirs.searches.append([record, replace(record, provenance="other", chosen={"lr": 0.2})])
+    told = replace(record, shared=True, chosen={"lr": 0.3})  # of what another protection's attackers chose
+    theirs.searches.append([told, record, replace(record, provenance="other", chosen={"lr": 0.2})])
     specs = plan_searches([attack, twin])
     assert adopt_searches(theirs.folder, {"theirs"}, ours, specs, "mine") == 1
     assert ours.searches.read() == [replace(record, attacks=["a", "b"], provenance="mine")]

@@ -85,6 +85,7 @@ ORDER = [
     "search",
     "cluster",
     "workers",
+    "searches",
     "audit",
     "diffusion.exhibits",
     "controls",

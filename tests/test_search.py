@@ -76,6 +76,21 @@ class TestLagging:
     def test_nobody_lags_on_a_plateau_at_chance(self) -> None:
         assert not self.gives_up([0.22, 0.21], 0.1)
 
+    @pytest.mark.parametrize(("lr", "lags"), [(1e-3, True), (1e-2, True), (1e-1, False), (1.0, False)])
+    def test_a_rate_above_the_best_is_seen_to_its_end(self, lr: float, lags: bool) -> None:
+        """Large steps take off late. The best whole run is at 0.01."""
+        study = optuna.create_study(direction="maximize", pruner=Lagging(chance=0.2, warm_up=4))
+        rates = {"lr": optuna.distributions.FloatDistribution(1e-5, 10, log=True)}
+        for rate, last in ((1e-3, 0.5), (1e-2, 0.6), (1e-4, 0.3)):
+            value = optuna.trial.create_trial(
+                params={"lr": rate}, distributions=rates, values=[last], intermediate_values={8: last}
+            )
+            study.add_trial(value)
+        study.enqueue_trial({"lr": lr})
+        trial = study.ask(rates)
+        trial.report(0.25, 8)
+        assert trial.should_prune() == lags
+
     def test_more_than_the_margin_behind_a_median_that_has_learned(self) -> None:
         assert self.gives_up([0.6, 0.5], 0.52)
         assert not self.gives_up([0.6, 0.5], 0.535), "less than the margin behind the median 0.55"

@@ -15,12 +15,13 @@ import pytest
 from holdfast.attacks.attack import Attack
 from holdfast.attacks.preparation import Heal
 from holdfast.attacks.structure import LeakyActivations
-from holdfast.audit import AuditFiles, applicable, plan_benign, plan_cells, plan_searches, run_audit
+from holdfast.audit import AuditFiles, applicable, plan_benign, plan_cells, run_audit
 from holdfast.cells import Bench, CellSpec, run_cell
 from holdfast.errors import UserError
 from holdfast.finetuning import FineTuning
 from holdfast.progress import Reporter
 from holdfast.records import Record, RecordFile
+from holdfast.searches import plan_searches, run_searches
 from holdfast.workers import needed, released, run_all
 
 ATTACKS = (
@@ -164,7 +165,6 @@ def test_attacks_that_cannot_be_run_are_named_with_the_reason(bench: Bench) -> N
 
 def test_a_torn_search_is_done_again_and_a_whole_one_is_not(bench: Bench, tmp_path: Path) -> None:
     from holdfast.attacks.attack import Search
-    from holdfast.audit import run_searches
 
     attack = replace(ATTACKS[0], search=Search(lr=(1e-3, 1e-2), extend=0))
     file = AuditFiles(tmp_path).searches
@@ -188,7 +188,6 @@ def test_a_torn_search_is_done_again_and_a_whole_one_is_not(bench: Bench, tmp_pa
 def test_what_attacks_of_a_larger_battery_share_with_a_smaller_one_is_copied(bench: Bench, tmp_path: Path) -> None:
     """One control serves both attacks; with the first one's at hand, that of the second is not measured again."""
     from holdfast.attacks.attack import Search
-    from holdfast.audit import run_searches
 
     first = replace(ATTACKS[0], search=Search(lr=(1e-3, 1e-2), extend=0))
     twin = replace(first, name="twin", tuning=replace(first.tuning, train="lora"))

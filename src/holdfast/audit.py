@@ -1,13 +1,13 @@
 """The audit: protected, clean and from-scratch models under the same attacks, data, budget and seeds.
 
-First the searches (one a model and attack that has something to search), then the cells: one model under one attack
-with one seed. Both are independent of each other, run in parallel, and are appended whole to `searches.jsonl` and
-`records.jsonl`, so an audit that was killed goes on where it was.
+First the searches (`searches`: one a model and attack that has something to search), then the cells: one model under
+one attack with one seed. Both are independent of each other, run in parallel, and are appended whole to
+`searches.jsonl` and `records.jsonl`, so an audit that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from holdfast.errors import require
 from holdfast.finetuning import FineTuning
 from holdfast.progress import Reporter
 from holdfast.records import Cell, LineFile, Record, RecordFile, SearchRecord
-from holdfast.search import SEED, resolved, run_search
+from holdfast.search import resolved
 from holdfast.workers import run_all
 
 MODELS = ("protected", "clean", "scratch")
@@ -81,22 +81,6 @@ def applicable(attacks: Sequence[Attack], bench: Bench) -> tuple[list[Attack], d
         else:
             chosen.append(attack.fitted(released[0]))
     return chosen, left_out
-
-
-def plan_searches(attacks: Iterable[Attack]) -> list[CellSpec]:
-    """One spec for each model and attack with something to search; attacks with one control share its search."""
-    searched = [a for a in attacks if a.search]
-    specs = [
-        CellSpec(model, attack, (attack.name,), (False,), SEED)
-        for attack in searched
-        for model in ("protected", "clean")
-    ]
-    groups: dict[Attack, list[Attack]] = {}
-    for attack in searched:
-        groups.setdefault(attack.control(), []).append(attack)
-    for control, group in groups.items():
-        specs.append(CellSpec("scratch", control, tuple(a.name for a in group), (False,) * len(group), SEED))
-    return specs
 
 
 def plan_cells(
@@ -166,33 +150,6 @@ class AuditFiles:
         return LineFile(self.folder / "searches.jsonl", SearchRecord)
 
 
-def run_searches(
-    specs: Sequence[CellSpec],
-    bench: Bench,
-    file: LineFile[SearchRecord],
-    reporter: Reporter,
-    jobs: int | None = None,
-    ray: str | None = None,
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Run the searches that `file` lacks; return what was chosen, by (model, attack)."""
-    known = file.read()
-    done = {(s.model, n) for s in known for n in s.attacks}
-    for spec in specs:
-        there = [i for i, s in enumerate(known) if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names)]
-        if there and not all((spec.model, n) in done for n in spec.names):  # by a smaller battery, for some of them
-            known[there[0]] = replace(known[there[0]], attacks=list(spec.names))
-            done |= {(spec.model, n) for n in spec.names}
-    file.keep(known)  # also without a torn last line
-    left = [s for s in specs if not all((s.model, n) in done for n in s.names)]
-    if left:
-        with reporter.bar("search", len(specs), len(specs) - len(left)) as bar:
-            for found in run_all(run_search, bench, left, jobs, ray):
-                file.append([found])
-                known.append(found)
-                bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g} of {len(found.trials)}")
-    return {(s.model, n): s.chosen for s in known for n in s.attacks}
-
-
 def run_audit(
     specs: Sequence[CellSpec],
     bench: Bench,
@@ -204,7 +161,7 @@ def run_audit(
 ) -> None:
     """Run the cells that `file` lacks; see `workers.run_all` for `jobs` and `ray`. `kept` is given the models that are
     to be kept, before their records are written."""
-    done = file.recover()
+    done = _current(specs, file)
     done |= _shared(specs, file, done)
     left = [s for s in specs if not all((s.model, name, s.seed) in done for name in s.names)]
     if not left:
@@ -219,6 +176,18 @@ def run_audit(
             last = next(r for r in reversed(found.records) if r.split == "test")
             scale = bench.task.scale
             bar.advance(f"{last.model} · {last.attack} · seed {last.seed}: {scale.name} {scale.shown(last.value)}")
+
+
+def _current(specs: Sequence[CellSpec], file: RecordFile) -> set[Cell]:
+    """The whole cells in `file`, without those that were measured at another setting than `specs` have: of a smaller
+    battery, whose searches had chosen otherwise."""
+    done = file.recover()
+    settings = {(s.model, n, s.seed): s.setting for s in specs for n in s.names}
+    records = file.read()
+    stale = {c for r in records if (c := (r.model, r.attack, r.seed)) in settings and r.setting != settings[c]}
+    if stale:
+        file.keep([r for r in records if (r.model, r.attack, r.seed) not in stale])
+    return done - stale
 
 
 def _shared(specs: Sequence[CellSpec], file: RecordFile, done: Set[Cell]) -> set[Cell]:

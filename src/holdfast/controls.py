@@ -79,7 +79,9 @@ def adopt_searches(folder: Path, good: Set[str], files: AuditFiles, specs: Seque
     for spec in specs:
         if spec.model not in CONTROLS or any((spec.model, n) in done for n in spec.names):
             continue  # what is there under one of its names serves the others: `run_searches`
-        same = (s for s in theirs if s.model == spec.model and not set(s.attacks).isdisjoint(spec.names))
+        # Their own tries alone: what another protection's attackers chose is no part of this comparison.
+        own = (s for s in theirs if s.model == spec.model and not s.shared)
+        same = (s for s in own if not set(s.attacks).isdisjoint(spec.names))
         search = next(same, None)
         if search is not None:
             found.append(replace(search, attacks=list(spec.names), provenance=provenance))

@@ -13,16 +13,7 @@ from torch import nn
 
 from holdfast import models
 from holdfast.attacks.batteries import battery, lies_within
-from holdfast.audit import (
-    PAPER_DEFAULT,
-    AuditFiles,
-    applicable,
-    plan_benign,
-    plan_cells,
-    plan_searches,
-    run_audit,
-    run_searches,
-)
+from holdfast.audit import PAPER_DEFAULT, AuditFiles, applicable, plan_benign, plan_cells, run_audit
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls, smaller
@@ -42,6 +33,7 @@ from holdfast.protection import defend
 from holdfast.recipes import Recipe
 from holdfast.records import provenance
 from holdfast.runtime import peak_memory_mb, threads, threads_for
+from holdfast.searches import plan_searches, run_searches
 from holdfast.selfsupervised import pretrain_encoder
 from holdfast.workers import released
 from holdfast.workplace import Workplace

@@ -55,7 +55,9 @@ class SearchRecord:
     """All tries of one search: one model, and the attacks whose hyper-parameters it found (several share one control).
 
     Each of `trials` has `setting`, `steps`, `values` (metric on validation data at these steps) and `pruned`. `edge`:
-    the chosen learning rate is the smallest or largest tried, and none between is as good.
+    the chosen learning rate is the smallest or largest tried, and none between is as good. `shared`: the tries are
+    what other models' searches chose (`searches.run_searches`), after this model's own, which another record has;
+    `chosen` and `edge` are then by both.
     """
 
     model: str
@@ -68,6 +70,7 @@ class SearchRecord:
     flops: float
     seconds: float
     provenance: str
+    shared: bool = False
 
 
 Cell = tuple[str, str, int]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -82,6 +84,8 @@ class Lagging(optuna.pruners.BasePruner):
     if that median has learned; never before step `warm_up`, nor with fewer than `startup` whole ones.
 
     On a plateau at `chance` nobody lags: a defence's delay must not make the attacker give up what takes off late.
+    Neither does a run at a larger learning rate than the best whole one's. Small rates that lag stay behind, large ones
+    take off late: with Adadelta at 10, 19 % at a quarter of the budget became 61 % at its end, ahead of all others.
     """
 
     chance: float
@@ -96,26 +100,72 @@ class Lagging(optuna.pruners.BasePruner):
         values = [t.intermediate_values[step] for t in whole if step in t.intermediate_values] if step else []
         if step is None or step < self.warm_up or len(values) < self.startup:
             return False
+        best = max(whole, key=lambda t: t.value if t.value is not None else -math.inf)
+        if trial.params.get("lr", 0.0) > best.params.get("lr", math.inf):
+            return False
         middle = median(values)
         return middle - self.chance >= self.scale.learns and max(seen.values()) < middle - self.scale.margin
 
 
 def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
     """Everything `Search` says, for one model; see there. The last try at the edge is recorded as such."""
-    search = spec.attack.search
-    if search is None:
-        raise ValueError(f"attack '{spec.attack.name}' has nothing to search")
-    scale = bench.task.scale
-    began, tries = time.monotonic(), Tries(scale=scale)
+    search, tries = _searchable(spec.attack), Tries(scale=bench.task.scale)
+    began = time.monotonic()
     steps = bench.curve(spec.attack.tuning.steps)
     chance = bench.task.chance(bench.restricted.validation.labels)
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=derive(SEED, "search") % 2**32),
-        pruner=Lagging(chance, max(1, spec.attack.tuning.steps // 4), scale=scale),
+        pruner=Lagging(chance, max(1, spec.attack.tuning.steps // 4), scale=bench.task.scale),
     )
-    for lr in search.lr:
+
+    def attempt(lr: float | None) -> None:
         _try(bench, spec, search, study, tries, steps, lr)
+
+    for lr in search.lr:
+        attempt(lr)
+    _extend(attempt, search, tries, chance)
+    for _ in range(search.trials):
+        attempt(None)
+    return _recorded(bench, spec, tries, chance, began)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(CellSpec):
+    """What other models' searches chose, for one that has not seen it to its end: `settings` beside `before`, all that
+    it tried so far."""
+
+    before: SearchRecord
+    settings: tuple[dict[str, Any], ...]
+
+
+def run_share(bench: Bench, share: Share) -> SearchRecord:
+    """Every setting of `share` to its end, and decades beyond while the best of all tries lies at their edge. The
+    record has the tries made here, and what was chosen among all."""
+    search, tries = _searchable(share.attack), Tries(list(share.before.trials), scale=bench.task.scale)
+    began = time.monotonic()
+    steps = bench.curve(share.attack.tuning.steps)
+    chance = bench.task.chance(bench.restricted.validation.labels)
+    for setting in share.settings:
+        _run(bench, share, setting, tries, steps)
+    plain = {n: c[0] for n, c in axes(share.attack, search).items()}
+
+    def attempt(lr: float) -> None:
+        _run(bench, share, {"lr": lr, **plain}, tries, steps)
+
+    _extend(attempt, search, tries, chance)
+    found = _recorded(bench, share, tries, chance, began)
+    return replace(found, trials=found.trials[len(share.before.trials) :], shared=True)
+
+
+def _searchable(attack: Attack) -> Search:
+    if attack.search is None:
+        raise ValueError(f"attack '{attack.name}' has nothing to search")
+    return attack.search
+
+
+def _extend(attempt: Callable[[float], None], search: Search, tries: Tries, chance: float) -> None:
+    """Further decades while the best lies at the edge, as `Search.extend` allows."""
     for extension in itertools.count():
         beyond = tries.at_edge(chance)
         if beyond is None or not LIMITS[0] <= beyond <= LIMITS[1]:
@@ -123,15 +173,16 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
         # A model that learned nothing is tried at every decade there is: that none helps is then known, not supposed.
         if extension >= search.extend and (search.extend == 0 or tries.learned(chance)):
             break
-        _try(bench, spec, search, study, tries, steps, beyond)
-    for _ in range(search.trials):
-        _try(bench, spec, search, study, tries, steps, None)
+        attempt(beyond)
+
+
+def _recorded(bench: Bench, spec: CellSpec, tries: Tries, chance: float, began: float) -> SearchRecord:
     best = tries.best()
     return SearchRecord(
         model=spec.model,
         attacks=list(spec.names),
         trials=tries.trials,
-        chosen=best["setting"] if best else {"lr": search.lr[0]},
+        chosen=best["setting"] if best else {"lr": _searchable(spec.attack).lr[0]},
         edge=tries.at_edge(chance) is not None and not tries.exhausted(chance),
         steps=tries.steps,
         samples=tries.samples,
@@ -167,6 +218,25 @@ def _try(
     setting: dict[str, Any] = {"lr": trial.suggest_float("lr", low, high, log=True)}
     for name, choices in axes(spec.attack, search).items():
         setting[name] = trial.suggest_categorical(name, choices)
+
+    def lags(step: int, value: float) -> bool:
+        trial.report(value, step)
+        return step < steps[-1] and trial.should_prune()
+
+    made = _run(bench, spec, setting, tries, steps, lags)
+    state = optuna.trial.TrialState.PRUNED if made["pruned"] else optuna.trial.TrialState.COMPLETE
+    study.tell(trial, None if made["pruned"] else made["values"][-1], state)
+
+
+def _run(
+    bench: Bench,
+    spec: CellSpec,
+    setting: dict[str, Any],
+    tries: Tries,
+    steps: list[int],
+    lags: Callable[[int, float], bool] = lambda step, value: False,
+) -> dict[str, Any]:
+    """One run, measured at `steps`, until `lags` gives it up; it is added to the tries."""
     attack = resolved(spec.attack, setting)
     bench = bench.suited(attack)
     prepared = tries.prepared(bench, spec.model, attack)
@@ -183,17 +253,28 @@ def _try(
             return False
         made.append(step)
         values.append(value)
-        trial.report(value, step)
-        pruned = how == "running" and step < steps[-1] and trial.should_prune()
+        late = lags(step, value)
+        pruned = how == "running" and late
         return pruned
 
     result = follow(bench, meter, model, SEED, note)
-    state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
-    study.tell(trial, None if pruned else values[-1], state)
     tries.steps += result.steps
     tries.samples += meter.samples(result.steps) - meter.samples(0)
     tries.flops += meter.flops(result.steps) - meter.flops(0)
     tries.trials.append({"setting": setting, "steps": made, "values": values, "pruned": pruned})
+    return tries.trials[-1]
+
+
+def fitted(setting: dict[str, Any], attack: Attack) -> dict[str, Any]:
+    """What another model's search chose, as this attack can have it: along its own axes, and where it cannot have what
+    was chosen along one (a fresh model has no layers to keep), as it has that itself."""
+    found = {"lr": setting["lr"]}
+    for name, choices in axes(attack, _searchable(attack)).items():
+        wanted = setting.get(name)
+        if name == "edits" and wanted is not None:  # numbered among each attack's own
+            wanted = next((c for c in choices if c.partition(": ")[2] == wanted.partition(": ")[2]), None)
+        found[name] = wanted if wanted in choices else choices[0]
+    return found
 
 
 def axes(attack: Attack, search: Search) -> dict[str, list[Any]]:

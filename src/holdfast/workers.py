@@ -20,13 +20,14 @@ from holdfast.errors import UserError
 from holdfast.runtime import Runtime, threads
 
 R = TypeVar("R")
-Work = Callable[[Bench, CellSpec], R]
+S = TypeVar("S", bound=CellSpec)
+Work = Callable[[Bench, S], R]
 CPU = Runtime("cpu")
 GPU_SHARE = 4  # cells of small models that share one GPU
 
 
 def run_all(
-    work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | None = None, ray: str | None = None
+    work: Work[S, R], bench: Bench, specs: Sequence[S], jobs: int | None = None, ray: str | None = None
 ) -> Iterator[R]:
     """`work(bench, spec)` for every spec, in whatever order they are done.
 
@@ -93,17 +94,17 @@ def _only(data: tuple[ImageData, ...], seed: int) -> tuple[ImageData, ...]:
     return tuple(d if i == seed else d.subset(torch.zeros(0, dtype=torch.int64)) for i, d in enumerate(data))
 
 
-def _numbered(number: int, work: Work[R], bench: Bench, spec: CellSpec) -> tuple[int, R]:
+def _numbered(number: int, work: Work[S, R], bench: Bench, spec: S) -> tuple[int, R]:
     return number, _elsewhere(work, bench, spec)
 
 
-def _elsewhere(work: Work[R], bench: Bench, spec: CellSpec) -> R:
+def _elsewhere(work: Work[S, R], bench: Bench, spec: S) -> R:
     """In a worker: one thread, the data on the device."""
     with threads(1):
         return work(bench.to(bench.runtime), spec)
 
 
-def _on_ray(work: Work[R], bench: Bench, specs: Sequence[CellSpec], jobs: int | None, address: str) -> Iterator[R]:
+def _on_ray(work: Work[S, R], bench: Bench, specs: Sequence[S], jobs: int | None, address: str) -> Iterator[R]:
     share = 1 / GPU_SHARE if bench.runtime.device.startswith("cuda") else 0
     own = replace(bench.runtime, device="cuda") if share else bench.runtime  # Ray shows a worker one GPU, its 0
     shared = replace(bench.to(CPU), runtime=own)

@@ -23,7 +23,8 @@ class Search:
     `extend`; while nothing was learned, to the largest rate there is),
     then `trials` draws of Optuna's TPE sampler over all axes: the learning rate between the extremes tried,
     and whichever of the tuples below hold something. A run is given up (`search.Lagging`) that is more than two points
-    behind the median of the whole ones before it, once that median has learned and a quarter of the budget is spent.
+    behind the median of the whole ones before it, once that median has learned and a quarter of the budget is spent,
+    unless its rate is larger than that of the best. Then each model tries what the others chose (`searches`).
     """
 
     lr: tuple[float, ...] = DECADES

@@ -21,6 +21,7 @@ from holdfast.report import figures, maps
 from holdfast.report.pictures import draw_exhibits
 from holdfast.report.words import conclusion, cost, limit, percent, weaknesses
 from holdfast.scales import scale_of
+from holdfast.searches import merged
 from holdfast.summary import summarise
 
 
@@ -29,7 +30,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     records = RecordFile(folder / "records.jsonl").read()
     if not records:
         raise UserError(f"{folder} holds no audit (no records.jsonl); run `holdfast audit` or `holdfast run` first")
-    searches = AuditFiles(folder).searches.read()
+    searches = merged(AuditFiles(folder).searches.read())
     facts = _facts(folder, records, searches)
     require_finished(records, facts["provenance"])
     chance = facts["provenance"]["restricted"]["chance"]
