@@ -44,9 +44,9 @@ class TestBatteries:
         assert {t.batch_size: t.steps for t in tunings} == {50: 20000, 100: 10000, 150: 6667, 200: 5000, 250: 4000}
 
     def test_by_name_and_version(self) -> None:
-        assert battery("quick-v2") is battery("quick")
-        with pytest.raises(UserError, match="this release has quick-v2, not quick-v1"):
-            battery("quick-v1")
+        assert battery("quick-v3") is battery("quick")
+        with pytest.raises(UserError, match="this release has quick-v3, not quick-v2"):
+            battery("quick-v2")
 
     def test_standard_sweeps_four_decades_with_six_optimisers(self) -> None:
         swept = [a for a in battery("standard").attacks if a.search]

@@ -178,7 +178,7 @@ class TestMeasures:
         said = " ".join(conclusion(s))
         assert "What undoes it: rebalance and leaky. edited does 40 points better" in said
         assert "the clean model: 70.5 %, where it takes a model from scratch to 50.5 %." in said
-        assert "edited: 20 points better than scratch, needs weights only" in " ".join(weaknesses(s, {}, "quick-v2"))
+        assert "edited: 20 points better than scratch, needs weights only" in " ".join(weaknesses(s, {}, "quick-v3"))
         everyone = found(records(3, curves(plain=(0.2, 0.4, 0.5), edited=(0.7, 0.9, 0.5))))
         assert everyone["restricted"]["undone"] is None, "it helps everyone"
         other = found(records(3, curves(plain=(0.2, 0.8, 0.5), edited=(0.7, 0.8, 0.5), best=(0.8, 0.8, 0.5))))

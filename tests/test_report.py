@@ -200,13 +200,13 @@ def test_a_weaker_audit_of_the_same_weights_is_judged_by_its_own_attacks() -> No
     """The three attacks of `paper-default` are held, one of the eleven of `quick` is not."""
     names = [a.name for a in BATTERIES["quick"].attacks]
     curves = dict.fromkeys(names, CURVES["direct+all"]) | {"initFC+all · adam swept": CURVES["initFC+all · adam 1e-3"]}
-    facts = {"battery": "quick-v2", "left_out": {}}
+    facts = {"battery": "quick-v3", "left_out": {}}
     searches = [search("protected", 0.2, edge=True, name="initFC+all · momentum swept")]
     s = summarise(records(3, curves), 0.1, COST, searches, facts)
     weak, strong = s["restricted"]["strengths"]
     assert (weak["battery"], weak["attacks"], weak["verdict"], weak["failing"]) == ("paper-default-v1", 3, "held", [])
     assert weak["worst_case"]["protected"]["final"] == pytest.approx(0.205)
-    assert (strong["battery"], strong["attacks"], strong["verdict"]) == ("quick-v2", 11, s["verdict"])
+    assert (strong["battery"], strong["attacks"], strong["verdict"]) == ("quick-v3", 11, s["verdict"])
     assert strong["failing"] == ["no best learning rate at the grid's edge"], "a check of its own searches alone"
     assert strong["worst_case"] == s["restricted"]["worst_case"]
     assert s["verdict"] == "partial"
@@ -216,10 +216,10 @@ def test_a_weaker_audit_of_the_same_weights_is_judged_by_its_own_attacks() -> No
     found = [(p["battery"], p["attacks"], p["verdict"]) for p in parts]
     assert found == [
         ("paper-default-v1", 3, "held"),
-        ("quick-v2", 11, "held"),
-        ("quick-v2 and the recipe's own", 12, "partial"),
+        ("quick-v3", 11, "held"),
+        ("quick-v3 and the recipe's own", 12, "partial"),
     ]
-    for unknown in ("quick-v1", "own-v1", ""):  # what an older one held is not known here
+    for unknown in ("quick-v2", "own-v1", ""):  # what an older one held is not known here
         assert summarise(records(3, curves), 0.1, COST, (), {"battery": unknown})["restricted"]["strengths"] == []
 
 

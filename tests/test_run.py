@@ -304,7 +304,7 @@ class TestResume:
         assert code == 0, err
         assert values(out) == values(fresh)
         found = [json.loads((f / "summary.json").read_text()) for f in (out, fresh)]
-        assert [s["battery"] for s in found[0]["restricted"]["strengths"]] == ["paper-default-v1", "quick-v2"]
+        assert [s["battery"] for s in found[0]["restricted"]["strengths"]] == ["paper-default-v1", "quick-v3"]
         assert untimed(found[0]) == untimed(found[1])
 
     def test_stopped_on_the_way_to_a_larger_battery_it_has_no_report(
@@ -322,7 +322,7 @@ class TestResume:
             assert code == 130
         code, _, err = cli(capsys, monkeypatch, "report", "--out", out)
         assert code == 2
-        assert "error: the audit (quick-v2, 2 seeds) is unfinished: " in err
+        assert "error: the audit (quick-v3, 2 seeds) is unfinished: " in err
         assert (out / "report.md").read_text() == page
 
     def test_a_battery_beside_the_recipe_s_own_attacks(self, undisturbed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Share(CellSpec):
-    """What other models' searches chose, for one that has not seen it to its end: `settings` beside `before`, all that
-    it tried so far."""
+    """What other models' searches chose, for one that has not seen it to its end: `settings` beside `before`, its own
+    search."""
 
     before: SearchRecord
     settings: tuple[dict[str, Any], ...]

@@ -46,8 +46,10 @@ def run_searches(
     jobs: int | None = None,
     ray: str | None = None,
 ) -> Chosen:
-    """Run the searches that `file` lacks, then, of attacks with one control, every setting that any model's own search
-    chose for those models that have not seen it to its end. Returns what was chosen, by (model, attack)."""
+    """Run the searches that `file` lacks; then have each model try, to the end, what the others' chose under attacks
+    with the same control. Returns what was chosen, by (model, attack).
+
+    Only what own searches chose is told of, so the same is told whoever was first, and after a kill."""
     known = file.read()
     done = {(s.model, n) for s in known for n in s.attacks}
     for spec in specs:
@@ -71,41 +73,42 @@ def run_searches(
                 file.append([found])
                 known.append(found)
                 bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g}")
-    return {(s.model, n): s.chosen for s in known for n in s.attacks}
+    return {(s.model, n): s.chosen for s in merged(known) for n in s.attacks}
 
 
 def plan_shares(specs: Sequence[CellSpec], known: Sequence[SearchRecord]) -> list[Share]:
-    """Which settings each model still lacks of those that were chosen for any attack with the same control, by the
-    models' own searches alone: so what was shared before changes nothing in what is."""
-    first: Chosen = {(s.model, n): s.chosen for s in known if not s.shared for n in s.attacks}
-    all_of = {(s.model, n): s for s in merged(known) for n in s.attacks}
+    """Which settings each model's own search has not seen to its end of those that own searches chose for any attack
+    with the same control; nothing where it was told of these, and of no others."""
+    own = {(s.model, n): s for s in known if not s.shared for n in s.attacks}
+    told = {(s.model, n): s for s in known if s.shared for n in s.attacks}
     shares = []
     for control in (s for s in specs if s.model == "scratch"):
         group = [s for s in specs if not set(s.names).isdisjoint(control.names)]
-        pool = [first[s.model, s.names[0]] for s in group]
+        pool = [own[s.model, s.names[0]].chosen for s in group]
         for spec in group:
-            before = all_of[spec.model, spec.names[0]]
-            seen = [t["setting"] for t in before.trials if not t["pruned"]]
+            key = spec.model, spec.names[0]
+            seen = [t["setting"] for t in own[key].trials if not t["pruned"]]
             wanted: list[dict[str, Any]] = []
             for setting in (fitted(p, spec.attack) for p in pool):
                 if not any(_same(setting, s) for s in [*seen, *wanted]):
                     wanted.append(setting)
-            if wanted:
-                shares.append(Share(**vars(spec), before=before, settings=tuple(wanted)))
+            done = [t["setting"] for t in told[key].trials] if key in told else []
+            if len(done) < len(wanted) or not all(map(_same, wanted, done)):
+                shares.append(Share(**vars(spec), before=own[key], settings=tuple(wanted)))
     return shares
 
 
 def merged(known: Iterable[SearchRecord]) -> list[SearchRecord]:
-    """One record a search: its own tries and those that others' choices added, with what was chosen of all."""
+    """One record a search: its own tries, and those that others' choices added, with what was chosen of all. Where a
+    larger battery had more to tell, what the smaller one told is passed over."""
     found: dict[tuple[str, str], SearchRecord] = {}
+    told: dict[tuple[str, str], SearchRecord] = {}
     for record in known:
-        key = (record.model, record.attacks[0])
-        before = found.get(key)
-        if before is None or not record.shared:
-            found[key] = record
-            continue
-        costs = {n: getattr(before, n) + getattr(record, n) for n in ("steps", "samples", "flops", "seconds")}
-        found[key] = replace(record, trials=before.trials + record.trials, shared=False, **costs)
+        (told if record.shared else found)[record.model, record.attacks[0]] = record
+    for key, record in told.items():
+        own = found[key]
+        costs = {n: getattr(own, n) + getattr(record, n) for n in ("steps", "samples", "flops", "seconds")}
+        found[key] = replace(record, trials=own.trials + record.trials, shared=False, **costs)
     return list(found.values())
 
 

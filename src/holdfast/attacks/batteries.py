@@ -19,7 +19,7 @@ from holdfast.finetuning import FineTuning
 
 @dataclass(frozen=True)
 class Battery:
-    """Attacks under a name and a version; a change of content is a new version."""
+    """Attacks under a name and a version; a change of content, or of how its attacks are searched, is a new version."""
 
     name: str
     version: int
@@ -248,18 +248,18 @@ BATTERIES: Mapping[str, Battery] = MappingProxyType(
                 "every setting of SOPHON's §5.2–5.7: Tables 1, 5, 6, 7",
                 _TABLE_1 + _TABLE_5 + _TABLE_6 + _TABLE_7,
             ),
-            Battery("quick", 2, "paper-default, swept learning rates and the cheapest edits: minutes", _QUICK),
-            Battery("standard", 3, "what any claim must face: six optimisers swept, every edit", _STANDARD, True),
+            Battery("quick", 3, "paper-default, swept learning rates and the cheapest edits: minutes", _QUICK),
+            Battery("standard", 4, "what any claim must face: six optimisers swept, every edit", _STANDARD, True),
             Battery(
                 "generation-quick",
-                1,
+                2,
                 "for diffusion models: swept rates, LoRA, EMA, schedule, target",
                 _GENERATION_QUICK,
             ),
             Battery(
-                "generation", 1, "for diffusion models, what any claim must face: `standard` without heads", _GENERATION
+                "generation", 2, "for diffusion models, what any claim must face: `standard` without heads", _GENERATION
             ),
-            Battery("adaptive", 3, "standard, and an attacker who knows the defence", _STANDARD + _INFORMED, True),
+            Battery("adaptive", 4, "standard, and an attacker who knows the defence", _STANDARD + _INFORMED, True),
         )
     }
 )
@@ -272,7 +272,7 @@ def lies_within(inner: Any, outer: str) -> bool:
 
 
 def battery(name: str) -> Battery:
-    """A battery by name, or by name and version (`quick-v2`); `UserError` lists the valid ones."""
+    """A battery by name, or by name and version (`quick-v3`); `UserError` lists the valid ones."""
     plain, sign, version = name.rpartition("-v")
     if sign and plain in BATTERIES and version.isdigit():
         found = BATTERIES[plain]
