@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.distributed import ALONE, Group
 from holdfast.errors import UserError, require
-from holdfast.memory import MicroBatches
+from holdfast.memory import MicroBatches, keep_freed
 from holdfast.sharding import shard
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -53,7 +53,8 @@ class Runtime:
         """Resolve `auto`.
 
         bf16 with channels-last wherever the hardware multiplies bf16 (1.6–3 times float32 on such a CPU, more on a
-        GPU), float32 elsewhere. `torch.compile` only on request: on a CPU its 17–118 s of compilation rarely pay.
+        GPU), float32 elsewhere. `torch.compile` only on request: on a CPU its 17–118 s of compilation rarely pay. On a
+        CPU the process keeps what it frees (`keep_freed`).
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,6 +70,8 @@ class Runtime:
             precision = "bf16" if has_fast_bf16(device) else "float32"
         require(precision in ("float32", "bf16"), f"unknown precision '{precision}'; valid: auto, float32, bf16")
         require(compile in (True, False, "graphs"), f"compile must be true, false or graphs, but got '{compile}'")
+        if device == "cpu":
+            keep_freed()
         return Runtime(device, precision, True, compile, checkpointing, LAG if kind == "cuda" else 0)
 
     def autocast(self) -> torch.autocast:

@@ -17,6 +17,7 @@ from holdfast.cells import Bench, CellSpec
 from holdfast.cluster import TRIES, leave, run_on_cluster
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
+from holdfast.memory import keep_freed
 from holdfast.runtime import Runtime, threads
 
 R = TypeVar("R")
@@ -100,6 +101,8 @@ def _numbered(number: int, work: Work[S, R], bench: Bench, spec: S) -> tuple[int
 
 def _elsewhere(work: Work[S, R], bench: Bench, spec: S) -> R:
     """In a worker: one thread, the data on the device."""
+    if bench.runtime.device == "cpu":
+        keep_freed()
     with threads(1):
         return work(bench.to(bench.runtime), spec)
 
