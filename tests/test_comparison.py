@@ -274,7 +274,9 @@ def test_a_search_is_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:
     theirs, ours = AuditFiles(tmp_path / "theirs"), AuditFiles(tmp_path / "ours")
     for folder in (theirs.folder, ours.folder):
         folder.mkdir()
-    told = replace(record, shared=True, chosen={"lr": 0.3})  # of what another protection's attackers chose
+    told = replace(
+        record, told=[{"lr": 0.3}], before="x", chosen={"lr": 0.3}
+    )  # of what another protection's attackers chose
     theirs.searches.append([told, record, replace(record, provenance="other", chosen={"lr": 0.2})])
     specs = plan_searches([attack, twin])
     assert adopt_searches(theirs.folder, {"theirs"}, ours, specs, "mine") == 1

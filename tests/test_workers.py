@@ -180,8 +180,8 @@ def test_a_torn_search_is_done_again_and_a_whole_one_is_not(bench: Bench, tmp_pa
     assert lines[0] + b"\n" == first
     assert len(lines) == 3
     final = plan_cells([attack], 1, chosen, lambda t, _: t.lr == chosen["protected", "plain"]["lr"])
-    assert all(c.attack.search is None and c.attack.tuning.lr == c.setting["lr"] for c in final if c.setting)
-    assert all(c.setting for c in final)
+    assert [c.settings for c in final] == [({"lr": c.attack.tuning.lr},) for c in final]
+    assert all(c.attack.search is None for c in final)
     assert final[0].simulated == (True,)
 
 

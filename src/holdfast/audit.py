@@ -107,7 +107,7 @@ def plan_cells(
             known = simulates(ours.tuning, ours.edits)
             for model in ("protected", "clean"):
                 tuned, setting = final(model, attack)
-                specs.append(CellSpec(model, tuned, (attack.name,), (known,), seed, setting))
+                specs.append(CellSpec(model, tuned, (attack.name,), (known,), seed, (setting,)))
         controls: dict[Attack, list[tuple[str, bool, dict[str, Any] | None]]] = {}
         for attack in attacks:
             ours, _ = final("protected", attack)
@@ -115,8 +115,8 @@ def plan_cells(
             control, setting = final("scratch", attack)
             controls.setdefault(replace(control, budget=1.0), []).append((attack.name, known, setting))
         for control, group in controls.items():
-            names, flags = tuple(g[0] for g in group), tuple(g[1] for g in group)
-            specs.append(CellSpec("scratch", control, names, flags, seed, group[0][2]))
+            names, flags, settings = zip(*group, strict=True)
+            specs.append(CellSpec("scratch", control, names, flags, seed, settings))
     return specs
 
 
@@ -180,13 +180,18 @@ def run_audit(
 
 def _current(specs: Sequence[CellSpec], file: RecordFile) -> set[Cell]:
     """The whole cells in `file`, without those that were measured at another setting than `specs` have: of a smaller
-    battery, whose searches had chosen otherwise."""
+    battery, whose searches had chosen otherwise. What is kept says whether the attack, as it is now, was simulated."""
     done = file.recover()
-    settings = {(s.model, n, s.seed): s.setting for s in specs for n in s.names}
-    records = file.read()
-    stale = {c for r in records if (c := (r.model, r.attack, r.seed)) in settings and r.setting != settings[c]}
-    if stale:
-        file.keep([r for r in records if (r.model, r.attack, r.seed) not in stale])
+    now = {(s.model, name, s.seed): (flag, setting) for s in specs for name, flag, setting in s.named()}
+    records, stale = [], set()
+    for record in file.read():
+        cell = record.model, record.attack, record.seed
+        flag, setting = now.get(cell, (record.simulated, record.setting))
+        if setting == record.setting:
+            records.append(replace(record, simulated=flag))
+        else:
+            stale.add(cell)
+    file.keep(records)
     return done - stale
 
 
@@ -200,7 +205,8 @@ def _shared(specs: Sequence[CellSpec], file: RecordFile, done: Set[Cell]) -> set
         if 0 < len(new) < len(spec.names):
             there = next(n for n in spec.names if (spec.model, n, spec.seed) in done)
             found = [r for r in records if (r.model, r.attack, r.seed) == (spec.model, there, spec.seed)]
-            copied += [replace(r, attack=spec.names[i], simulated=spec.simulated[i]) for i in new for r in found]
+            for name, flag, setting in (spec.named()[i] for i in new):
+                copied += [replace(r, attack=name, simulated=flag, setting=setting) for r in found]
     if copied:
         file.append(copied)
     return {(r.model, r.attack, r.seed) for r in copied}

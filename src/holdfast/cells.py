@@ -84,7 +84,8 @@ class Bench:
 @dataclass(frozen=True)
 class CellSpec:
     """Which cell. `names`: the attacks under which its records are kept (a from-scratch run serves every attack with
-    the same optimisation), `simulated` for each. `benign`: on the third domain instead of the restricted one. `keep`:
+    the same optimisation), `simulated` for each, and `settings`: what a search chose, None where nothing was searched
+    (empty: for none of them). `benign`: on the third domain instead of the restricted one. `keep`:
     whether the model is wanted as it is at the end."""
 
     model: str
@@ -92,9 +93,13 @@ class CellSpec:
     names: tuple[str, ...]
     simulated: tuple[bool, ...]
     seed: int
-    setting: dict[str, Any] | None = None
+    settings: tuple[dict[str, Any] | None, ...] = ()
     benign: bool = False
     keep: bool = False
+
+    def named(self) -> list[tuple[str, bool, dict[str, Any] | None]]:
+        """Each name, with whether the defence simulated it and what a search chose for it."""
+        return list(zip(self.names, self.simulated, self.settings or (None,) * len(self.names), strict=True))
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ def run_cell(bench: Bench, spec: CellSpec) -> Outcome:
     def note(step: int, how: str) -> None:
         for split, data in (("validation", ground.validation), ("test", ground.test)):
             value, loss = evaluate(model, data, bench.task, bench.runtime)
-            for name, simulated in zip(spec.names, spec.simulated, strict=True):
+            for name, simulated, setting in spec.named():
                 records.append(
                     Record(
                         model=spec.model,
@@ -238,7 +243,7 @@ def run_cell(bench: Bench, spec: CellSpec) -> Outcome:
                         provenance=bench.provenance,
                         flops=meter.flops(step),
                         images=prepared.images,
-                        setting=spec.setting,
+                        setting=setting,
                         converged=how == "converged",
                         dead=meter.dead,
                     )

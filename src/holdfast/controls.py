@@ -1,7 +1,8 @@
 """What of another run stands in this one: the results of a smaller audit; or those of the controls, the clean and the
 from-scratch models, on the same data under the same attacks.
 
-Defences are compared on one clean model; its cells, and those from scratch, are then the same for all of them.
+Defences are compared on one clean model; its cells, and those from scratch, are then the same for all of them, but
+where a protected model's search chose what the controls had not tried: each is held against controls that did.
 """
 
 from __future__ import annotations
@@ -74,13 +75,15 @@ def _differences(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str
 
 def adopt_searches(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence[CellSpec], provenance: str) -> int:
     """Copy the controls' searches that `specs` ask for and `files` lack, of the provenances `good`; how many."""
-    done = {(s.model, n) for s in files.searches.read() for n in s.attacks}
+    known = files.searches.read()
+    files.searches.keep(known)  # without a torn last line
+    done = {(s.model, n) for s in known for n in s.attacks}
     found, theirs = [], [s for s in AuditFiles(folder).searches.read() if s.provenance in good]
     for spec in specs:
         if spec.model not in CONTROLS or any((spec.model, n) in done for n in spec.names):
             continue  # what is there under one of its names serves the others: `run_searches`
         # Their own tries alone: what another protection's attackers chose is no part of this comparison.
-        own = (s for s in theirs if s.model == spec.model and not s.shared)
+        own = (s for s in theirs if s.model == spec.model and not s.before)
         same = (s for s in own if not set(s.attacks).isdisjoint(spec.names))
         search = next(same, None)
         if search is not None:
@@ -94,10 +97,10 @@ def adopt_cells(folder: Path, good: Set[str], files: AuditFiles, specs: Sequence
     """Copy the controls' records that `specs` ask for and `files` lack, found by the same settings; how many cells."""
     done = files.records.recover()
     wanted = {
-        (s.model, name, s.seed): (flag, s.setting)
+        (s.model, name, s.seed): (flag, setting)
         for s in specs
         if s.model in CONTROLS
-        for name, flag in zip(s.names, s.simulated, strict=True)
+        for name, flag, setting in s.named()
         if (s.model, name, s.seed) not in done
     }
     found = []

@@ -21,7 +21,7 @@ LIMITS = (2**30, 2**25)  # in bytes; older versions of glibc refuse a threshold 
 
 
 def keep_freed() -> None:
-    """Let this process keep what it frees, up to 1 GiB, for what it allocates next: on a CPU, with glibc.
+    """Let this process keep what it frees for what it allocates next, until `release_freed`: on a CPU, with glibc.
 
     By its defaults glibc gives large blocks back to the system as they are freed. A training step frees and allocates
     its activations and gradients, and the system clears their pages anew, in every step: a seventh of its time with a
@@ -31,6 +31,12 @@ def keep_freed() -> None:
         option = ctypes.CDLL(None).mallopt
         option(TRIM, LIMITS[0])
         any(option(THRESHOLD, limit) for limit in LIMITS)  # 1: accepted
+
+
+def release_freed() -> None:
+    """Give back to the system what this process has freed and kept, for work of another size or another process."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MicroBatches:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -55,9 +55,9 @@ class SearchRecord:
     """All tries of one search: one model, and the attacks whose hyper-parameters it found (several share one control).
 
     Each of `trials` has `setting`, `steps`, `values` (metric on validation data at these steps) and `pruned`. `edge`:
-    the chosen learning rate is the smallest or largest tried, and none between is as good. `shared`: the tries are
-    what other models' searches chose (`searches.run_searches`), after this model's own, which another record has;
-    `chosen` and `edge` are then by both.
+    the chosen learning rate is the smallest or largest tried, and none between is as good. `told`: the tries
+    begin with these settings, which other models' searches chose (`searches.run_searches`); `before` is the fingerprint
+    of the tries that this model had made until then, which other records have, and `chosen` and `edge` are by all.
     """
 
     model: str
@@ -70,7 +70,8 @@ class SearchRecord:
     flops: float
     seconds: float
     provenance: str
-    shared: bool = False
+    told: list[dict[str, Any]] = field(default_factory=list)
+    before: str = ""
 
 
 Cell = tuple[str, str, int]

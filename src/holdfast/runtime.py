@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.distributed import ALONE, Group
 from holdfast.errors import UserError, require
-from holdfast.memory import MicroBatches, keep_freed
+from holdfast.memory import MicroBatches, keep_freed, release_freed
 from holdfast.sharding import shard
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -167,6 +167,7 @@ def reset_peak_memory(device: str = "cpu") -> None:
     """Measure the peak from here on. On a CPU only Linux can: elsewhere it stays that since the start."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
+    release_freed()  # what was freed before is no part of the peak
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

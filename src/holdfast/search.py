@@ -14,6 +14,7 @@ import optuna
 
 from holdfast.attacks.attack import Attack, Search
 from holdfast.cells import Bench, CellSpec, Meter, Prepared, follow, prepare, start
+from holdfast.files import fingerprint
 from holdfast.finetuning import MOST_LR
 from holdfast.metrics import strongest
 from holdfast.records import SearchRecord
@@ -132,30 +133,36 @@ def run_search(bench: Bench, spec: CellSpec) -> SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Share(CellSpec):
-    """What other models' searches chose, for one that has not seen it to its end: `settings` beside `before`, its own
-    search."""
+    """What other models' searches chose, for one that has not seen it to its end: `told` beside `before`, all that it
+    tried until then."""
 
     before: SearchRecord
-    settings: tuple[dict[str, Any], ...]
+    told: tuple[dict[str, Any], ...]
+
+    def is_told(self, record: SearchRecord) -> bool:
+        """Whether a record is of this."""
+        same = record.model == self.model and record.attacks[0] == self.names[0]
+        return same and record.before == fingerprint(self.before.trials) and record.told == list(self.told)
 
 
 def run_share(bench: Bench, share: Share) -> SearchRecord:
-    """Every setting of `share` to its end, and decades beyond while the best of all tries lies at their edge. The
+    """Every setting that is told to its end, and decades beyond while the best of all tries lies at their edge. The
     record has the tries made here, and what was chosen among all."""
     search, tries = _searchable(share.attack), Tries(list(share.before.trials), scale=bench.task.scale)
     began = time.monotonic()
     steps = bench.curve(share.attack.tuning.steps)
     chance = bench.task.chance(bench.restricted.validation.labels)
-    for setting in share.settings:
+    for setting in share.told:
         _run(bench, share, setting, tries, steps)
-    plain = {n: c[0] for n, c in axes(share.attack, search).items()}
 
     def attempt(lr: float) -> None:
-        _run(bench, share, {"lr": lr, **plain}, tries, steps)
+        best = tries.best()
+        _run(bench, share, {**(best["setting"] if best else share.told[0]), "lr": lr}, tries, steps)
 
     _extend(attempt, search, tries, chance)
     found = _recorded(bench, share, tries, chance, began)
-    return replace(found, trials=found.trials[len(share.before.trials) :], shared=True)
+    own = found.trials[len(share.before.trials) :]
+    return replace(found, trials=own, told=list(share.told), before=fingerprint(share.before.trials))
 
 
 def _searchable(attack: Attack) -> Search:
@@ -265,14 +272,16 @@ def _run(
     return tries.trials[-1]
 
 
-def fitted(setting: dict[str, Any], attack: Attack) -> dict[str, Any]:
-    """What another model's search chose, as this attack can have it: along its own axes, and where it cannot have what
-    was chosen along one (a fresh model has no layers to keep), as it has that itself."""
+def fitted(setting: dict[str, Any], chooser: Attack, attack: Attack) -> dict[str, Any]:
+    """What `chooser`'s search chose, as `attack` can have it: along its own axes, and where it cannot have what was
+    chosen along one (a fresh model has no layers to keep), as it has that itself."""
     found = {"lr": setting["lr"]}
     for name, choices in axes(attack, _searchable(attack)).items():
         wanted = setting.get(name)
-        if name == "edits" and wanted is not None:  # numbered among each attack's own
-            wanted = next((c for c in choices if c.partition(": ")[2] == wanted.partition(": ")[2]), None)
+        if name == "edits" and wanted is not None:  # numbered among each one's own
+            chains = _searchable(attack).edits
+            chain = _searchable(chooser).edits[int(wanted.partition(":")[0])]
+            wanted = choices[chains.index(chain)] if chain in chains else None
         found[name] = wanted if wanted in choices else choices[0]
     return found
 

@@ -47,9 +47,8 @@ def run_searches(
     ray: str | None = None,
 ) -> Chosen:
     """Run the searches that `file` lacks; then have each model try, to the end, what the others' chose under attacks
-    with the same control. Returns what was chosen, by (model, attack).
-
-    Only what own searches chose is told of, so the same is told whoever was first, and after a kill."""
+    with the same control, until nobody has chosen what another has not tried. Returns what was chosen, by
+    (model, attack)."""
     known = file.read()
     done = {(s.model, n) for s in known for n in s.attacks}
     for spec in specs:
@@ -66,50 +65,74 @@ def run_searches(
                 file.append([found])
                 known.append(found)
                 bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g} of {len(found.trials)}")
-    shares = plan_shares(specs, known)
-    if shares:
+    while shares := plan_shares(specs, known):
         with reporter.bar("search: what others chose", len(shares)) as bar:
             for found in run_all(run_share, bench, shares, jobs, ray):
                 file.append([found])
                 known.append(found)
                 bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g}")
-    return {(s.model, n): s.chosen for s in merged(known) for n in s.attacks}
+    final = _Told(specs, known)
+    file.keep(final.records)
+    return {(s.model, n): s.chosen for s in merged(final.records) for n in s.attacks}
 
 
 def plan_shares(specs: Sequence[CellSpec], known: Sequence[SearchRecord]) -> list[Share]:
-    """Which settings each model's own search has not seen to its end of those that own searches chose for any attack
-    with the same control; nothing where it was told of these, and of no others."""
-    own = {(s.model, n): s for s in known if not s.shared for n in s.attacks}
-    told = {(s.model, n): s for s in known if s.shared for n in s.attacks}
-    shares = []
-    for control in (s for s in specs if s.model == "scratch"):
-        group = [s for s in specs if not set(s.names).isdisjoint(control.names)]
-        pool = [own[s.model, s.names[0]].chosen for s in group]
+    """Which settings each model has not yet seen to its end of those that were chosen for any attack with the same
+    control; empty where none is left. In rounds, of what was chosen before each: so the same is told whoever was first,
+    after a kill, and by a larger battery."""
+    return _Told(specs, known).lacking
+
+
+class _Told:
+    """How far the telling has come: `lacking`, what is to be run now; `records`, all that count, in order. Others were
+    told by a smaller battery, which had less to tell."""
+
+    def __init__(self, specs: Sequence[CellSpec], known: Sequence[SearchRecord]) -> None:
+        self.records = [s for s in known if not s.before]
+        self.lacking: list[Share] = []
+        self.now = {(s.model, n): s for s in self.records for n in s.attacks}
+        for control in (s for s in specs if s.model == "scratch"):
+            group = [s for s in specs if not set(s.names).isdisjoint(control.names)]
+            while shares := self._round(group):
+                found = [next((r for r in known if r.before and s.is_told(r)), None) for s in shares]
+                self.lacking += [s for s, r in zip(shares, found, strict=True) if r is None]
+                if None in found:
+                    break
+                for record in found:
+                    if record is not None:
+                        self.records.append(record)
+                        self.now.update(
+                            {(record.model, n): _joined(self.now[record.model, n], record) for n in record.attacks}
+                        )
+
+    def _round(self, group: Sequence[CellSpec]) -> list[Share]:
+        shares = []
+        pool = [(s.attack, self.now[s.model, s.names[0]].chosen) for s in group]
         for spec in group:
-            key = spec.model, spec.names[0]
-            seen = [t["setting"] for t in own[key].trials if not t["pruned"]]
+            before = self.now[spec.model, spec.names[0]]
+            seen = [t["setting"] for t in before.trials if not t["pruned"]]
             wanted: list[dict[str, Any]] = []
-            for setting in (fitted(p, spec.attack) for p in pool):
+            for setting in (fitted(chosen, chooser, spec.attack) for chooser, chosen in pool):
                 if not any(_same(setting, s) for s in [*seen, *wanted]):
                     wanted.append(setting)
-            done = [t["setting"] for t in told[key].trials] if key in told else []
-            if len(done) < len(wanted) or not all(map(_same, wanted, done)):
-                shares.append(Share(**vars(spec), before=own[key], settings=tuple(wanted)))
-    return shares
+            if wanted:
+                shares.append(Share(**vars(spec), before=before, told=tuple(wanted)))
+        return shares
 
 
 def merged(known: Iterable[SearchRecord]) -> list[SearchRecord]:
-    """One record a search: its own tries, and those that others' choices added, with what was chosen of all. Where a
-    larger battery had more to tell, what the smaller one told is passed over."""
+    """One record a search, of those of a finished audit: its own tries, and those that others' choices added, with what
+    was chosen of all."""
     found: dict[tuple[str, str], SearchRecord] = {}
-    told: dict[tuple[str, str], SearchRecord] = {}
     for record in known:
-        (told if record.shared else found)[record.model, record.attacks[0]] = record
-    for key, record in told.items():
-        own = found[key]
-        costs = {n: getattr(own, n) + getattr(record, n) for n in ("steps", "samples", "flops", "seconds")}
-        found[key] = replace(record, trials=own.trials + record.trials, shared=False, **costs)
+        key = (record.model, record.attacks[0])
+        found[key] = _joined(found[key], record) if record.before else record
     return list(found.values())
+
+
+def _joined(own: SearchRecord, told: SearchRecord) -> SearchRecord:
+    costs = {n: getattr(own, n) + getattr(told, n) for n in ("steps", "samples", "flops", "seconds")}
+    return replace(told, trials=own.trials + told.trials, told=[], before="", **costs)
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

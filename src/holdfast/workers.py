@@ -17,7 +17,7 @@ from holdfast.cells import Bench, CellSpec
 from holdfast.cluster import TRIES, leave, run_on_cluster
 from holdfast.domains import ImageData
 from holdfast.errors import UserError
-from holdfast.memory import keep_freed
+from holdfast.memory import keep_freed, release_freed
 from holdfast.runtime import Runtime, threads
 
 R = TypeVar("R")
@@ -49,6 +49,7 @@ def run_all(
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: threads that spin starve their neighbour
     sent, left = bench.to(CPU), dict(enumerate(specs))
+    release_freed()  # the workers want it
     for attempt in range(TRIES):
         parallel = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
         try:
@@ -104,7 +105,10 @@ def _elsewhere(work: Work[S, R], bench: Bench, spec: S) -> R:
     if bench.runtime.device == "cpu":
         keep_freed()
     with threads(1):
-        return work(bench.to(bench.runtime), spec)
+        try:
+            return work(bench.to(bench.runtime), spec)
+        finally:
+            release_freed()
 
 
 def _on_ray(work: Work[S, R], bench: Bench, specs: Sequence[S], jobs: int | None, address: str) -> Iterator[R]:

@@ -24,7 +24,8 @@ class Search:
     then `trials` draws of Optuna's TPE sampler over all axes: the learning rate between the extremes tried,
     and whichever of the tuples below hold something. A run is given up (`search.Lagging`) that is more than two points
     behind the median of the whole ones before it, once that median has learned and a quarter of the budget is spent,
-    unless its rate is larger than that of the best. Then each model tries what the others chose (`searches`).
+    unless its rate is larger than that of the best. Then each model tries what the others chose, and goes on where that
+    lies at the edge (`searches`).
     """
 
     lr: tuple[float, ...] = DECADES

@@ -124,7 +124,8 @@ def _within(entry: Mapping[str, Any], found: float) -> float | None:
 
 
 def _controls(found: Summaries, attack: str) -> dict[str, Any]:
-    """What clean and scratch reach: the same in every run of a seed."""
+    """What clean and scratch reach, by the first protection's audit: the same in all of a seed, but where another's
+    search chose what they had not tried."""
     summaries = next(iter(found.values()))
     controls = {}
     for model in ("clean", "scratch"):
