@@ -19,7 +19,7 @@ from holdfast.finetuning import FineTuning
 from holdfast.progress import Reporter
 from holdfast.records import LineFile, SearchRecord
 from holdfast.search import fitted, run_search
-from holdfast.searches import Share, merged, plan_searches, plan_shares, run_searches
+from holdfast.searches import Share, Shares, merged, plan_searches, run_searches
 
 PLAIN = Attack(
     "plain", FineTuning("head", optimiser="adam", lr=1e-3, steps=6), search=Search(lr=(1e-3, 1e-2, 3e-2), extend=0)
@@ -58,23 +58,23 @@ def uneven() -> list[SearchRecord]:
 
 def test_what_a_model_gave_up_or_never_tried_of_what_another_chose() -> None:
     specs, known = plan_searches([PLAIN]), uneven()
-    shares = plan_shares(specs, known)
+    shares = Shares(specs, known).lacking
     assert lacking(shares) == {("clean", "plain"): [3e-2], ("scratch", "plain"): [3e-2]}
     clean = answered(shares[0], {3e-2: 0.9}, 3e-2)
-    assert lacking(plan_shares(specs, [*known, clean])) == {("scratch", "plain"): [3e-2]}, "a kill changes nothing"
-    assert len(plan_shares(specs, [*known, replace(clean, told=[{"lr": 0.1}])])) == 2, "told of something else"
-    assert len(plan_shares(specs, [*known, replace(clean, before="x")])) == 2, "told after something else"
+    assert lacking(Shares(specs, [*known, clean]).lacking) == {("scratch", "plain"): [3e-2]}, "a kill changes nothing"
+    assert len(Shares(specs, [*known, replace(clean, told=[{"lr": 0.1}])]).lacking) == 2, "told of something else"
+    assert len(Shares(specs, [*known, replace(clean, before="x")]).lacking) == 2, "told after something else"
 
 
 def test_what_was_chosen_of_what_was_told_is_told_on_until_all_is_even() -> None:
     specs, known = plan_searches([PLAIN]), uneven()
-    clean, scratch = plan_shares(specs, known)
+    clean, scratch = Shares(specs, known).lacking
     known += [answered(clean, {3e-2: 0.6}, 1e-2), answered(scratch, {3e-2: 0.5, 0.3: 0.8}, 0.3)]
-    second = plan_shares(specs, known)
+    second = Shares(specs, known).lacking
     assert lacking(second) == {("protected", "plain"): [0.3], ("clean", "plain"): [0.3]}
     assert [t["setting"]["lr"] for t in second[1].before.trials] == [1e-3, 1e-2, 3e-2, 3e-2]
     known += [answered(s, {0.3: 0.5}, 1e-2) for s in second]
-    assert plan_shares(specs, known) == []
+    assert Shares(specs, known).lacking == []
 
 
 def test_attacks_with_one_control_share_what_any_of_them_chose() -> None:
@@ -88,7 +88,7 @@ def test_attacks_with_one_control_share_what_any_of_them_chose() -> None:
         record("scratch", ["plain", "balanced"], own, 1e-2),
     ]
     lacks = [("protected", "plain"), ("clean", "plain"), ("protected", "balanced"), ("scratch", "plain")]
-    assert lacking(plan_shares(specs, known)) == {n: [3e-2] for n in lacks}
+    assert lacking(Shares(specs, known).lacking) == {n: [3e-2] for n in lacks}
 
 
 def test_a_setting_is_fitted_to_who_is_to_try_it() -> None:
@@ -107,7 +107,7 @@ def test_a_setting_is_fitted_to_who_is_to_try_it() -> None:
 
 def test_one_record_a_search() -> None:
     known = uneven()
-    share = plan_shares(plan_searches([PLAIN]), known)[0]
+    share = Shares(plan_searches([PLAIN]), known).lacking[0]
     whole = merged([*known, replace(answered(share, {3e-2: 0.9}, 3e-2), edge=True)])
     assert [s.model for s in whole] == ["protected", "clean", "scratch"]
     clean = whole[1]

@@ -65,27 +65,25 @@ def run_searches(
                 file.append([found])
                 known.append(found)
                 bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g} of {len(found.trials)}")
-    while shares := plan_shares(specs, known):
-        with reporter.bar("search: what others chose", len(shares)) as bar:
-            for found in run_all(run_share, bench, shares, jobs, ray):
+    while (told := Shares(specs, known)).lacking:
+        with reporter.bar("search: what others chose", len(told.lacking)) as bar:
+            for found in run_all(run_share, bench, told.lacking, jobs, ray):
                 file.append([found])
                 known.append(found)
                 bar.advance(f"{found.model} · {found.attacks[0]}: lr {found.chosen['lr']:g}")
-    final = _Told(specs, known)
-    file.keep(final.records)
-    return {(s.model, n): s.chosen for s in merged(final.records) for n in s.attacks}
+    file.keep(told.records)
+    return {key: s.chosen for key, s in told.now.items()}
 
 
-def plan_shares(specs: Sequence[CellSpec], known: Sequence[SearchRecord]) -> list[Share]:
-    """Which settings each model has not yet seen to its end of those that were chosen for any attack with the same
-    control; empty where none is left. In rounds, of what was chosen before each: so the same is told whoever was first,
-    after a kill, and by a larger battery."""
-    return _Told(specs, known).lacking
+class Shares:
+    """How far the telling has come. `lacking`: which settings each model has not yet seen to its end of those that were
+    chosen for any attack with the same control; empty where none is left. `records`: all that count, in order; others
+    were told by a smaller battery, which had less to tell. `now`: each search with what it was told, by model and
+    attack.
 
-
-class _Told:
-    """How far the telling has come: `lacking`, what is to be run now; `records`, all that count, in order. Others were
-    told by a smaller battery, which had less to tell."""
+    In rounds, of what was chosen before each: so the same is told whoever was first, after a kill, and by a larger
+    battery.
+    """
 
     def __init__(self, specs: Sequence[CellSpec], known: Sequence[SearchRecord]) -> None:
         self.records = [s for s in known if not s.before]
