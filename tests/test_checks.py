@@ -48,7 +48,7 @@ def test_a_defence_that_found_nothing() -> None:
 
 def test_one_seed_cannot_tell() -> None:
     s = summarise(records(1, curves(x=(0.9, 0.9, 0.3))), 0.1, COST)
-    said = " ".join(weaknesses(s, {}, "own-v1"))
+    said = " ".join(weaknesses(s, {}, "own-v2"))
     assert "this audit cannot tell" in said
     assert "The furthest ahead at the end is x: +60.0 points." in said
 

@@ -267,7 +267,7 @@ def written(tmp_path: Path) -> Path:
         "revision": "abc",
         "weights_sha256": {"clean": "0" * 64, "protected": "1" * 64},
         "attacks": ABOUT,
-        "left_out": {"regrown → initFC+all": "no pruned weights"},
+        "left_out": {"regrown → initFC+all": "no pruned weights", "a": "no data", "b": "no data"},
         "benign": {"data": "third", "chance": 0.2},
     }
     write_json(tmp_path / "run.json", {"schema": 1, "fingerprint": "f", "recipe": recipe})
@@ -293,6 +293,8 @@ def test_the_page_stands_alone_and_leads_with_what_matters(written: Path) -> Non
     markdown = (written / "report.md").read_text()
     assert "| initFC+all · adam 1e-3 | scratch | 10.0 ± 0.0 | 50.2 ± 0.4 | 70.2 ± 0.4 |" in markdown
     assert "Leak, restricted: 12.3 % (before: 50.7 %)." in markdown
+    for text in (page, markdown):  # a reason that several attacks share is said once
+        assert "regrown → initFC+all (no pruned weights); a, b (no data)." in text
     for name in ("curves", "attack-3-direct-all", "protection", "worst-case", "heat-seeds", "heat-rates", "slc"):
         assert (written / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -83,6 +83,14 @@ def applicable(attacks: Sequence[Attack], bench: Bench) -> tuple[list[Attack], d
     return chosen, left_out
 
 
+def by_reason(left_out: Mapping[str, str]) -> str:
+    """Attacks that were not run, each reason said once: `a, b (why); c (another)`."""
+    found: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        found.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in found.items())
+
+
 def plan_cells(
     attacks: Sequence[Attack],
     seeds: int,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.audit import MODELS
+from holdfast.audit import MODELS, by_reason
 from holdfast.measured import Measured
 from holdfast.records import SearchRecord
 from holdfast.scales import ACCURACY, Scale
@@ -218,7 +218,7 @@ def _unseen(seen: Evidence) -> Check:
 
 def _whole(seen: Evidence) -> Check:
     missing = [n for n, why in seen.left_out.items() if "pip install" in why]
-    said = "; ".join(f"{n} ({why})" for n, why in seen.left_out.items())
+    said = by_reason(seen.left_out)
     return Check("nothing was left out for want of a library", not missing, f"not run: {said}" if said else "all ran")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.audit import applicable
+from holdfast.audit import applicable, by_reason
 from holdfast.defences.registry import Identity
 from holdfast.distributed import current
 from holdfast.errors import UserError, require, unknown
@@ -154,7 +154,7 @@ def check_comparison(plans: Sequence[Plan], attack: str | None = None, pixels: P
     audit = plans[0].recipe.audit
     run, left_out = applicable(audit.all_attacks(), inputs.bench({"clean": model.state_dict()}))
     names = [a.name for a in run]
-    require(bool(names), f"no attack of this audit can be run: {'; '.join(f'{n} {w}' for n, w in left_out.items())}")
+    require(bool(names), f"no attack of this audit can be run: {by_reason(left_out)}")
     if attack in left_out:
         raise UserError(f"{attack} cannot be run here ({left_out[attack]}); valid: {', '.join(names)}")
     if attack is not None and attack not in names:

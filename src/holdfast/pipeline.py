@@ -13,7 +13,7 @@ from torch import nn
 
 from holdfast import models
 from holdfast.attacks.batteries import battery, lies_within
-from holdfast.audit import PAPER_DEFAULT, AuditFiles, applicable, plan_benign, plan_cells, run_audit
+from holdfast.audit import PAPER_DEFAULT, AuditFiles, applicable, by_reason, plan_benign, plan_cells, run_audit
 from holdfast.bundle import Bundle, is_bundle, load_bundle, model_card, read_weights
 from holdfast.checkpoints import Checkpoint
 from holdfast.controls import adopt_cells, adopt_searches, check_controls, smaller
@@ -196,8 +196,8 @@ class Run:
         good = check_controls(self.controls, given.recipe.as_dict(), facts) if self.controls else set()
         where = self._provenance(facts)
         bench = replace(bench, provenance=where)
-        for name, why in left_out.items():
-            self.reporter.say(f"left out: {name} ({why})")
+        if left_out:
+            self.reporter.say(f"left out: {by_reason(left_out)}")
         whole = file.recover()
         if given.with_original:
             known = {(m, n) for m, n, _ in whole}

@@ -232,8 +232,9 @@ _GENERATION = (
     _attack("direct+all", " · adam 1e-3 · shifts and flips", augment="shift+flip", **_ADAM),
 )
 
-# For recipes that repeat somebody's own evaluation. Whatever it says, no claim rests on it: see `checks`.
-OWN = Battery("own", 1, "none but the recipe's own attacks", ())
+# For recipes that repeat somebody's own evaluation. Whatever it says, no claim rests on it: see `checks`. Its attacks
+# are not ours to count, but how they are searched is: the version says that (2: `searches`, until all is even).
+OWN = Battery("own", 2, "none but the recipe's own attacks", ())
 
 BATTERIES: Mapping[str, Battery] = MappingProxyType(
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.audit import PAPER_DEFAULT
+from holdfast.audit import PAPER_DEFAULT, by_reason
 from holdfast.checks import HELPS
 from holdfast.scales import Scale, scale_of
 from holdfast.statistics import mean
@@ -177,7 +177,7 @@ def weaknesses(summary: dict[str, Any], left_out: Mapping[str, str], battery: st
         said.append(f"{_attacks(len(sooner))} scratch's level in fewer steps than scratch: {fastest}.")
     said += _more_data([s for s in (restricted["slc"], *restricted["slc_others"]) if s])
     if left_out:
-        said.append(f"Not tried, as it could not be: {'; '.join(f'{n} ({why})' for n, why in left_out.items())}.")
+        said.append(f"Not tried, as it could not be: {by_reason(left_out)}.")
     untried = "" if battery.startswith("adaptive") else " The battery adaptive adds an attacker who knows the defence."
     last = max(a["steps"][-1] for a in restricted["attacks"])
     said.append(f"Longer than {last} steps, and with more images than here, nobody has tried.{untried}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from holdfast.audit import AuditFiles
+from holdfast.audit import AuditFiles, by_reason
 from holdfast.diffusion.exhibits import distances_table, read_exhibits
 from holdfast.errors import UserError, require
 from holdfast.files import read_json, write_atomic, write_json
@@ -49,7 +49,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     )
     scale = scale_of(records[0].metric)
     shown = {n: getattr(scale, n) for n in ("shown", "number", "spread", "difference", "interval")}
-    environment.filters.update(percent=percent, cost=cost, **shown)
+    environment.filters.update(percent=percent, cost=cost, by_reason=by_reason, **shown)
     write_json(folder / "summary.json", summary)
     for name in ("report.md", "report.html"):
         write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context))
