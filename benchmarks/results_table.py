@@ -1,13 +1,19 @@
-"""Print the tables of `docs/results` from finished runs: `python benchmarks/results_table.py RUN [RUN …]`."""
+"""Print the tables of `docs/results` from finished runs: `python benchmarks/results_table.py RUN [RUN …]`.
+
+With `--rows` one line a run, to compare protections: what is left of the original, the attacker who chooses best along
+the way and at the end, all attacks taken alone, what the layers know, and a third domain.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.report.words import cost
+from holdfast.statistics import mean
 
 
 def read(run: Path, name: str) -> Any:
@@ -69,6 +75,64 @@ def table(run: Path, first: int | None = None) -> str:
     return "\n".join(lines)
 
 
+COLUMNS = (
+    "",
+    "verdict",
+    "original",
+    "along the way: scratch, clean, protected",
+    "at the end",
+    "protected − scratch, 95 %: along the way",
+    "at the end",
+    "attacks *held* taken alone, of those that tell",
+    "above the same from scratch beyond chance, at the end",
+    "protected − scratch under the same attack, mean of all (clean)",
+    "SLC-AUC (clean's)",
+    "probes, mean of the layers: random, clean, protected",
+    "third domain, − clean: along the way, end",
+)
+
+
+def gap(value: float, interval: Sequence[float] | None = None) -> str:
+    """A difference in points, with its interval; a minus sign as in print."""
+    said = f"{100 * value:+.1f}"
+    if interval:
+        said += f" ({100 * interval[0]:+.1f} … {100 * interval[1]:+.1f})"
+    return said.replace("-", "−")
+
+
+def row(run: Path) -> str:
+    """One run as a line of the table whose head is `COLUMNS`."""
+    summary, name = read(run, "summary.json"), f"{run.name}, seed {read(run, 'run.json')['recipe']['seed']}"
+    restricted, intact, benign = summary["restricted"], summary["intactness"], summary["benign"]
+    worst, attacks = restricted["worst_case"], restricted["attacks"]
+    ours, scratch, alone = worst["protected"], worst["scratch"], [a["verdict"] for a in attacks]
+
+    def apart(model: str) -> float:
+        """Mean over attacks of the mean over steps, without the first, of a model's difference to scratch."""
+        return mean([mean(a[model][1:]) - mean(a["scratch"][1:]) for a in attacks])
+
+    def probed(model: str) -> float:
+        return mean([depth[model]["mean"] for depth in summary["limits"]])
+
+    areas = (restricted["slc"] or {}).get("auc", {})
+    cells = [
+        name,
+        summary["verdict"],
+        f"{points(intact['before'])} → {points(intact['after'])} ({intact['ratio']:.3f})",
+        ", ".join(points(worst[m]["along_the_way"]) for m in ("scratch", "clean", "protected")),
+        ", ".join(points(worst[m]["final"]) for m in ("scratch", "clean", "protected")),
+        gap(ours["along_the_way"] - scratch["along_the_way"], worst["interval_along"]),
+        gap(ours["final"] - scratch["final"], worst["interval"]),
+        f"{alone.count('held')} of {len(alone) - alone.count('inconclusive')}",
+        str(sum(bool(a["interval"]) and a["interval"][0] > 0 for a in attacks)),
+        f"{gap(apart('protected'))} ({gap(apart('clean'))})",
+        f"{areas['protected']['mean']:+.2f} ({areas['clean']['mean']:+.2f})".replace("-", "−") if areas else "–",
+        ", ".join(points(probed(m)) for m in ("scratch", "clean", "protected")) if summary["limits"] else "–",
+        f"{gap(benign['along_the_way'])}, {gap(benign['difference'])}" if benign else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def more(summary: dict[str, Any]) -> list[str]:
     """SLC-AUC, the third domain, the searches, and failing checks, where there are any."""
     said = []
@@ -100,7 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--first", type=int, help="only so many attacks, the strongest")
+    parser.add_argument("--rows", action="store_true", help="one line a run, to compare protections")
     given = parser.parse_args()
+    if given.rows:
+        print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, given.runs), sep="\n")
+        return
     for run in given.runs:
         print(table(run, given.first))
 

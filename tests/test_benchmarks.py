@@ -83,3 +83,53 @@ def test_failures_of_a_suppression_loss_by_hand() -> None:
     """Two that are not finite; 1 → 0.05 and back are jumps, 0.05 → 0.001 is none: both are small."""
     values = [1.0, 0.05, 1.0, 0.9, float("nan"), 0.8, float("inf"), 0.05, 0.001]
     assert load("stability").failures(values) == {"not finite": 2, "jumps": 2}
+
+
+def test_a_protection_as_one_line_of_a_table(tmp_path: Path) -> None:
+    """By hand: in the mean of the later steps the first attack is 0.1 below scratch, the second 0.2 above."""
+
+    def attack(verdict: str, protected: list[float], interval: list[float] | None) -> dict[str, object]:
+        curves = {"scratch": [0.1, 0.3, 0.5], "clean": [0.1, 0.5, 0.7], "protected": protected}
+        return {"verdict": verdict, "interval": interval, **curves}
+
+    models = {
+        m: {"final": e, "along_the_way": a}
+        for m, e, a in [("scratch", 0.5, 0.3), ("clean", 0.7, 0.5), ("protected", 0.4, 0.32)]
+    }
+    summary = {
+        "verdict": "partial",
+        "intactness": {"before": 0.8, "after": 0.72, "ratio": 0.9},
+        "restricted": {
+            "worst_case": {**models, "interval_along": [-0.01, 0.05], "interval": None},
+            "attacks": [
+                attack("held", [0.9, 0.2, 0.4], [-0.2, -0.05]),
+                attack("failed", [0.9, 0.5, 0.7], [0.1, 0.3]),
+                attack("inconclusive", [0.1, 0.3, 0.5], None),
+            ],
+            "slc": {"auc": {"protected": {"mean": -0.12}, "clean": {"mean": 0.2}}},
+        },
+        "limits": [{"scratch": {"mean": s}, "clean": {"mean": 0.4}, "protected": {"mean": 0.3}} for s in (0.1, 0.3)],
+        "benign": {"along_the_way": -0.02, "difference": 0.004},
+    }
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "run.json").write_text(json.dumps({"recipe": {"seed": 3}}))
+    module = load("results_table")
+    cells = module.row(run).strip("| ").split(" | ")
+    assert len(cells) == len(module.COLUMNS)
+    assert cells == [
+        "mine, seed 3",
+        "partial",
+        "80.0 → 72.0 (0.900)",
+        "30.0, 50.0, 32.0",
+        "50.0, 70.0, 40.0",
+        "+2.0 (−1.0 … +5.0)",
+        "−10.0",
+        "1 of 2",
+        "1",
+        "+3.3 (+20.0)",
+        "−0.12 (+0.20)",
+        "20.0, 40.0, 30.0",
+        "−2.0, +0.4",
+    ]
