@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.report.words import cost
+from holdfast.scales import scale_of
 from holdfast.statistics import mean
 
 
@@ -92,20 +92,16 @@ COLUMNS = (
 )
 
 
-def gap(value: float, interval: Sequence[float] | None = None) -> str:
-    """A difference in points, with its interval; a minus sign as in print."""
-    said = f"{100 * value:+.1f}"
-    if interval:
-        said += f" ({100 * interval[0]:+.1f} … {100 * interval[1]:+.1f})"
-    return said.replace("-", "−")
-
-
 def row(run: Path) -> str:
     """One run as a line of the table whose head is `COLUMNS`."""
     summary, name = read(run, "summary.json"), f"{run.name}, seed {read(run, 'run.json')['recipe']['seed']}"
     restricted, intact, benign = summary["restricted"], summary["intactness"], summary["benign"]
     worst, attacks = restricted["worst_case"], restricted["attacks"]
-    ours, scratch, alone = worst["protected"], worst["scratch"], [a["verdict"] for a in attacks]
+    alone, scale = [a["verdict"] for a in attacks], scale_of(restricted["metric"])
+
+    def ahead(key: str, interval: str) -> str:
+        difference = scale.difference(worst["protected"][key] - worst["scratch"][key])
+        return f"{difference} ({scale.interval(worst[interval])})" if worst[interval] else difference
 
     def apart(model: str) -> float:
         """Mean over attacks of the mean over steps, without the first, of a model's difference to scratch."""
@@ -118,17 +114,17 @@ def row(run: Path) -> str:
     cells = [
         name,
         summary["verdict"],
-        f"{points(intact['before'])} → {points(intact['after'])} ({intact['ratio']:.3f})",
-        ", ".join(points(worst[m]["along_the_way"]) for m in ("scratch", "clean", "protected")),
-        ", ".join(points(worst[m]["final"]) for m in ("scratch", "clean", "protected")),
-        gap(ours["along_the_way"] - scratch["along_the_way"], worst["interval_along"]),
-        gap(ours["final"] - scratch["final"], worst["interval"]),
+        f"{scale.number(intact['before'])} → {scale.number(intact['after'])} ({intact['ratio']:.3f})",
+        ", ".join(scale.number(worst[m]["along_the_way"]) for m in ("scratch", "clean", "protected")),
+        ", ".join(scale.number(worst[m]["final"]) for m in ("scratch", "clean", "protected")),
+        ahead("along_the_way", "interval_along"),
+        ahead("final", "interval"),
         f"{alone.count('held')} of {len(alone) - alone.count('inconclusive')}",
         str(sum(bool(a["interval"]) and a["interval"][0] > 0 for a in attacks)),
-        f"{gap(apart('protected'))} ({gap(apart('clean'))})",
+        f"{scale.difference(apart('protected'))} ({scale.difference(apart('clean'))})",
         f"{areas['protected']['mean']:+.2f} ({areas['clean']['mean']:+.2f})".replace("-", "−") if areas else "–",
-        ", ".join(points(probed(m)) for m in ("scratch", "clean", "protected")) if summary["limits"] else "–",
-        f"{gap(benign['along_the_way'])}, {gap(benign['difference'])}" if benign else "–",
+        ", ".join(scale.number(probed(m)) for m in ("scratch", "clean", "protected")) if summary["limits"] else "–",
+        f"{scale.difference(benign['along_the_way'])}, {scale.difference(benign['difference'])}" if benign else "–",
     ]
     return f"| {' | '.join(cells)} |"
 

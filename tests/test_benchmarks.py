@@ -100,6 +100,7 @@ def test_a_protection_as_one_line_of_a_table(tmp_path: Path) -> None:
         "verdict": "partial",
         "intactness": {"before": 0.8, "after": 0.72, "ratio": 0.9},
         "restricted": {
+            "metric": "accuracy",
             "worst_case": {**models, "interval_along": [-0.01, 0.05], "interval": None},
             "attacks": [
                 attack("held", [0.9, 0.2, 0.4], [-0.2, -0.05]),
