@@ -342,9 +342,9 @@ class TestAttempts:
         assert (history.checks, history.released) == (expected.checks, expected.released)
 
     @staticmethod
-    def falling(fall) -> Bench:
+    def falling(fall, iterations: int = 2) -> Bench:
         """Ends `fall(strength)` below where it began, whatever has happened before."""
-        bench = Bench([0.0, 0.0])
+        bench = Bench([0.0] * iterations)
         iterate = bench.iterate
 
         def falls(i: int, strength: float) -> dict[str, float]:
@@ -374,6 +374,23 @@ class TestAttempts:
         assert history.released == 4
         assert history.attempts == pytest.approx([1.0, tried[2]])
         assert [s for i, s, _ in bench.seen if i == 2] == pytest.approx(tried), "it is not weakened on the way"
+
+    def test_one_that_was_weakened_on_the_way_says_nothing_of_what_it_began_with(self) -> None:
+        bench = self.falling(lambda s: 0.3 * s**2)
+        falls = bench.iterate
+        bench.iterate = lambda i, s: {"loss": math.nan} if falls(i, s) and len(bench.seen) == 3 else {"loss": 1.0}
+        self.run([0.0, 0.0], 3, bench=bench)
+        tried = [(i, s) for i, s, _ in bench.seen]
+        assert tried[:4] == [(1, 1), (2, 1), (1, pytest.approx(0.3)), (2, pytest.approx(0.15))]
+        kept = 0.3 * 0.15**2  # and so a stronger one, from 0.15 on, not from 0.3
+        assert tried[4] == (1, pytest.approx(0.15 * (1 / 0.15) ** ((0.09 - kept) / (0.3 - kept))))
+
+    def test_the_last_attempt_is_not_weakened_on_the_way_where_one_before_was_within(self) -> None:
+        """So what the tolerance leaves unused is tried at one strength, and what was found is not lost by it."""
+        bench, history = self.run([0.0, 0.0, 0.0], 3, bench=self.falling(lambda s: 0.02 if s < 0.35 else 0.3, 3))
+        assert [s for i, s, _ in bench.seen if i == 1] == pytest.approx([1, 0.3, 0.3 * (1 / 0.3) ** 0.25])
+        assert len({s for _, s, _ in bench.seen[6:]}) == 1
+        assert history.released == 6
 
     def test_an_attempt_that_is_done_early_ends_there(self) -> None:
         bench = Bench([0.01, 0.3, 0.0, 0.0])

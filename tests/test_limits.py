@@ -59,6 +59,27 @@ def test_every_layer_of_every_model(bench: Bench) -> None:
     assert "+30.0 points beside scratch from the clean model, +5.0 from the protected one." in words
 
 
+def test_what_is_said_of_a_layer_that_is_left() -> None:
+    """Two layers: the clean model knows 0.3 and 0.5 more than random weights, the protected one 0.1 and 0.2."""
+
+    def row(layer: str, *values: float) -> dict[str, object]:
+        return {
+            "layer": layer,
+            **{m: {"mean": v} for m, v in zip(("scratch", "clean", "protected"), values, strict=True)},
+        }
+
+    worst = {m: {"along_the_way": v} for m, v in (("protected", 0.45), ("clean", 0.7), ("scratch", 0.5))}
+    found = [row("conv", 0.2, 0.5, 0.3), row("head", 0.3, 0.8, 0.5)]
+    words = limit({"limits": found, "restricted": {"metric": "accuracy", "worst_case": worst}})
+    assert words == (
+        "Over the 2 layers probed the clean model knows 40.0 points more of the restricted domain than random weights do; "
+        "the protected one 15.0 points. Most is left at the input of head: +20.0 points. What attackers who fine-tune "
+        "make of it, along the way in the worst case: +20.0 points beside scratch from the clean model, −5.0 from the "
+        "protected one."
+    )
+    assert limit({"limits": []}) == ""
+
+
 def test_no_more_than_six_of_a_deep_network(bench: Bench) -> None:
     deep = Architecture("resnet18", size=32, channels=3)
     state = deep.build(5, 0).state_dict()

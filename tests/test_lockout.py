@@ -210,6 +210,12 @@ def test_every_kind_of_network_has_its_places_and_makes_a_step(name, task, runti
     assert losses.keys() == {"lockout", "kept", "hinge", "flat", "spread"}
     assert all(map(math.isfinite, losses.values()))
     assert any(not torch.equal(before[n], v) for n, v in model.state_dict().items())
+    alike = replace(spec, hinge=0, flat=0, spread=0, mmd=1.0, fisher=0.1, batch_size=20)
+    engine = alike.prepare(Given(model, domain, domain.train, 5, architecture, task, runtime))
+    assert not engine.places.closed, "what has no weight is not looked at"
+    losses = engine.iterate(1, 1.0)
+    assert losses.keys() == {"lockout", "kept", "mmd", "fisher"}
+    assert all(map(math.isfinite, losses.values()))
 
 
 def test_the_margin_is_in_deviations_of_each_channel(original, restricted, task, runtime, clean_state) -> None:
@@ -604,7 +610,7 @@ def test_the_second_stage_is_sophons_loop_with_lockouts_loss(original, restricte
     assert not alone.simulates(tuned)
     with pytest.raises(UserError, match="alternating within lockout"):
         Lockout(sophon=Sophon(update="joint"))
-    for own in ({"repair": 0.4}, {"augment": "shift"}):
+    for own in ({"repair": 0.4}, {"augment": "shift"}, {"reinforcement": "distillation"}):
         with pytest.raises(UserError, match="must be left alone within lockout"):
             Lockout(sophon=Sophon(**own))
 

@@ -137,6 +137,32 @@ class TestClassMMD:
         assert class_mmd(features, labels).item() == pytest.approx(expected, abs=1e-5)
         assert class_mmd(features * 50, labels).item() == pytest.approx(expected, abs=1e-5)
 
+    def test_gradient_against_finite_differences(self) -> None:
+        """Of the definition in float64; the kernels' width is a constant to the gradient."""
+        features, labels = torch.randn(7, 3, requires_grad=True), torch.tensor([0, 1, 0, 2, 1, 2, 0])
+        (gradient,) = torch.autograd.grad(class_mmd(features, labels), features)
+        given = features.detach().double()
+        width = torch.cdist(given, given).square().sum() / 42
+
+        def at(x: torch.Tensor) -> torch.Tensor:
+            kernel = sum(torch.exp(-torch.cdist(x, x).square() / (width * 2.0**k)) for k in range(-2, 3))
+            kernel = kernel - torch.diag(kernel.diagonal())
+            ones = [(labels == c).double() for c in range(3)]
+            total = torch.zeros(()).double()
+            for c, d in ((0, 1), (0, 2), (1, 2)):
+                for e in (c, d):
+                    count = ones[e].sum()
+                    total = total + ones[e] @ kernel @ ones[e] / (count * (count - 1))
+                total = total - 2 * ones[c] @ kernel @ ones[d] / (ones[c].sum() * ones[d].sum())
+            return total / 3
+
+        for i in range(7):
+            for j in range(3):
+                step = torch.zeros_like(given)
+                step[i, j] = 1e-5
+                expected = (at(given + step) - at(given - step)) / 2e-5
+                assert gradient[i, j].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+
     def test_zero_on_average_where_classes_are_drawn_alike_and_more_where_only_their_spread_differs(self) -> None:
         draws = torch.Generator().manual_seed(0)
         samples, labels = torch.randn(200, 16, 3, generator=draws), torch.arange(16) % 2

@@ -225,7 +225,8 @@ class _Run:
         if progress.beginning is None or (outside and self._found_one()):
             return False
         left = self._attempts_left()
-        progress.tries.append((check["strength"] if math.isnan(fall) else progress.ceiling, fall))
+        # One that came back within after it was weakened on the way says nothing of the strength that it began with.
+        progress.tries.append((progress.ceiling if fall > self._allowed() else check["strength"], fall))
         strength = another(progress.tries, self._allowed(), guard.weakest) if left else None
         if strength is None:
             return False

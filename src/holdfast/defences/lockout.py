@@ -115,8 +115,10 @@ class Lockout(Guarded):
             "sophon.update must be alternating within lockout: reinforcement is lockout's own loss there",
         )
         require(
-            self.sophon is None or not (self.sophon.repair or self.sophon.augment != "none"),
-            "sophon.repair and sophon.augment must be left alone within lockout: its own apply to both stages",
+            self.sophon is None
+            or (self.sophon.repair, self.sophon.augment, self.sophon.reinforcement) == (0, "none", "task"),
+            "sophon.repair, sophon.augment and sophon.reinforcement must be left alone within lockout: its own loss, "
+            "augmentation and repair apply to both stages",
         )
         require(0 < self.repair <= 1, f"repair must lie in (0, 1], but got {self.repair}")
         check_augmentation(self.augment)
@@ -193,10 +195,11 @@ class _Engine(Engine):
             self.length += spec.sophon.iterations
         self.attempts = spec.attempts
         self.head = given.head()
-        self.places = Places(given, spec.close, spec.spared)
+        close = spec.close if spec.hinge or spec.flat else 0
+        self.places = Places(given, close, spec.spared)
         found = len(self.places.closed)
         require(
-            found == spec.close or not (spec.hinge or spec.flat),
+            found == close,
             f"close is {spec.close}, but the network runs {found} activation modules that can be closed (what calls "
             f"torch.relu is not seen); set defence.close to {found}" + ("" if found else ", without hinge and flat"),
         )
@@ -259,7 +262,8 @@ class _Engine(Engine):
             with lent.lending(), self.reopening.watching(draws) if self.reopening else nullcontext() as opened:
                 outputs, away = given.task.beside(model, self.teacher, images, labels)
             kept = given.task.loss(outputs, labels) + spec.distillation * away
-            original = [between_images(v) for v in taps.values]
+            spreads = spec.spread or spec.peak or spec.reopen
+            original = [between_images(v) for v in taps.values] if spreads else []
             others, classes = both.of(labels)
             if spec.shift:
                 others = given.runtime.images(shifted(others, max(1, others.shape[-1] // 8), flip=False))
@@ -286,7 +290,8 @@ class _Engine(Engine):
         labels: Tensor,
         opened: Opened | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms on one batch of restricted images, by name."""
+        """The weighted terms on one batch of restricted images, by name. One of weight 0 costs nothing: its forward pass
+        keeps as much for a gradient as one that counts."""
         spec, given, model, places = self.spec, self.given, self.given.model, self.places
         found: dict[str, Tensor] = {}
 
@@ -303,16 +308,17 @@ class _Engine(Engine):
         passes += [nullcontext] if self.normalises else []
         for i, statistics in enumerate(passes):
             outputs, share = outputs_by(statistics()), 1 / len(passes)
-            if i == 0:
+            if i == 0 and spec.hinge:
                 parts = zip(closed.values, places.thresholds, places.units, strict=True)
                 add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
-                if spec.answer:
-                    add("answer", spec.answer, [self.suppression(outputs, labels)])
-            flat = zip(closed.values, places.scales, strict=True)
-            add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
-            ratios = [log_spread_ratio(r, o) for r, o in zip(taps.values, original, strict=True)]
-            add("spread", spec.spread * share, ratios)
-            if spec.peak:
+            if i == 0 and spec.answer:
+                add("answer", spec.answer, [self.suppression(outputs, labels)])
+            if spec.flat:
+                flat = zip(closed.values, places.scales, strict=True)
+                add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
+            if spec.spread or spec.peak:
+                ratios = [log_spread_ratio(r, o) for r, o in zip(taps.values, original, strict=True)]
+                add("spread", spec.spread * share, ratios)
                 add("peak", spec.peak * share, [peak(ratios)])
             for name, measure in CLASSES.items():
                 if weight := getattr(spec, name):

@@ -32,7 +32,7 @@ class Places:
             bool(self.depths), f"spared is {spared}, but the network has {len(every)} weight layers after the first"
         )
         self.thresholds = [closed_at(given.model, name) for name in self.closed]
-        values = _preactivations(given, self.closed)
+        values = _preactivations(given, self.closed) if self.closed else []
         last = [found[name] for name in self.closed]
         self.units = [_by_channel(v, at_end).clamp(min=1e-3) for v, at_end in zip(values, last, strict=True)]
         self.scales = [between_images(v).clamp(min=1e-6) for v in values]
