@@ -72,8 +72,8 @@ def test_what_is_said_of_a_layer_that_is_left() -> None:
     found = [row("conv", 0.2, 0.5, 0.3), row("head", 0.3, 0.8, 0.5)]
     words = limit({"limits": found, "restricted": {"metric": "accuracy", "worst_case": worst}})
     assert words == (
-        "Over the 2 layers probed the clean model knows 40.0 points more of the restricted domain than random weights do; "
-        "the protected one 15.0 points. Most is left at the input of head: +20.0 points. What attackers who fine-tune "
+        "Over the 2 layers probed the clean model knows 40 points more of the restricted domain than random "
+        "weights do; the protected one 15 points. Most is left at the input of head: +20.0 points. What attackers who fine-tune "
         "make of it, along the way in the worst case: +20.0 points beside scratch from the clean model, −5.0 from the "
         "protected one."
     )

@@ -290,8 +290,8 @@ class _Engine(Engine):
         labels: Tensor,
         opened: Opened | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms on one batch of restricted images, by name. One of weight 0 costs nothing: its forward pass
-        keeps as much for a gradient as one that counts."""
+        """The weighted terms on one batch of restricted images, by name. One of weight 0 costs nothing, as its forward
+        pass would keep as much for a gradient as one that counts."""
         spec, given, model, places = self.spec, self.given, self.given.model, self.places
         found: dict[str, Tensor] = {}
 
