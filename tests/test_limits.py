@@ -74,8 +74,8 @@ def test_what_is_said_of_a_layer_that_is_left() -> None:
     assert words == (
         "Over the 2 layers probed the clean model knows 40 points more of the restricted domain than random "
         "weights do; the protected one 15 points. Most is left at the input of head: +20.0 points. What attackers "
-        "who fine-tune make of it, along the way in the worst case: +20.0 points beside scratch from the clean model, −5.0 from the "
-        "protected one."
+        "who fine-tune make of it, along the way in the worst case: +20.0 points beside scratch from the clean model, "
+        "−5.0 from the protected one."
     )
     assert limit({"limits": []}) == ""
 
