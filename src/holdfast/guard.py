@@ -225,7 +225,7 @@ class _Run:
         if progress.beginning is None or (outside and self._found_one()):
             return False
         left = self._attempts_left()
-        # One that came back within after it was weakened on the way says nothing of the strength that it began with.
+        # What ended within after it was weakened on the way, or broke, says nothing of the strength that it began with.
         progress.tries.append((progress.ceiling if fall > self._allowed() else check["strength"], fall))
         strength = another(progress.tries, self._allowed(), guard.weakest) if left else None
         if strength is None:

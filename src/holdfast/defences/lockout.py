@@ -4,7 +4,7 @@ restart, and the units that read them are closed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -290,14 +290,13 @@ class _Engine(Engine):
         labels: Tensor,
         opened: Opened | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms on one batch of restricted images, by name. One of weight 0 costs nothing, as its forward
-        pass would keep as much for a gradient as one that counts."""
+        """The weighted terms on one batch of restricted images, by name; those of weight 0 are not computed."""
         spec, given, model, places = self.spec, self.given, self.given.model, self.places
         found: dict[str, Tensor] = {}
 
-        def add(name: str, weight: float, terms: list[Tensor]) -> None:
-            if weight and terms:
-                term = weight * torch.stack(terms).mean()
+        def add(name: str, weight: float, terms: Iterable[Tensor]) -> None:
+            if weight and (values := list(terms)):
+                term = weight * torch.stack(values).mean()
                 found[name] = found[name] + term if name in found else term
 
         def outputs_by(statistics: AbstractContextManager[object]) -> Tensor:
@@ -308,21 +307,19 @@ class _Engine(Engine):
         passes += [nullcontext] if self.normalises else []
         for i, statistics in enumerate(passes):
             outputs, share = outputs_by(statistics()), 1 / len(passes)
-            if i == 0 and spec.hinge:
+            if i == 0:
                 parts = zip(closed.values, places.thresholds, places.units, strict=True)
-                add("hinge", spec.hinge, [hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts])
-            if i == 0 and spec.answer:
-                add("answer", spec.answer, [self.suppression(outputs, labels)])
-            if spec.flat:
-                flat = zip(closed.values, places.scales, strict=True)
-                add("flat", spec.flat * share, [between_images(z) / s for z, s in flat])
+                add("hinge", spec.hinge, (hinge(z, at, u, spec.margin, spec.worst) for z, at, u in parts))
+                if spec.answer:
+                    add("answer", spec.answer, [self.suppression(outputs, labels)])
+            flat = zip(closed.values, places.scales, strict=True)
+            add("flat", spec.flat * share, (between_images(z) / s for z, s in flat))
             if spec.spread or spec.peak:
                 ratios = [log_spread_ratio(r, o) for r, o in zip(taps.values, original, strict=True)]
                 add("spread", spec.spread * share, ratios)
                 add("peak", spec.peak * share, [peak(ratios)])
             for name, measure in CLASSES.items():
-                if weight := getattr(spec, name):
-                    add(name, weight * share, [measure(v, labels) for v in taps.values])
+                add(name, getattr(spec, name) * share, (measure(v, labels) for v in taps.values))
         if opened is not None:  # by either statistics, in turn: a third pass in the place of two
             chosen = passes[opened.turn % len(passes)]
             add("reopened", spec.reopen, [opened.peak(lambda: outputs_by(chosen()), taps, original)])
