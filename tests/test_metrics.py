@@ -108,6 +108,7 @@ def test_an_error_is_read_upside_down() -> None:
     assert ACCURACY.interval([-0.01, 0.03]) == "−1.0 … +3.0"
     assert MSE.interval([-0.01, 0.03]) == "−0.030 … +0.010", "the lower end of the error first"
     assert (ACCURACY.amount(0.03), MSE.amount(-0.03)) == ("3 points", "0.030 of MSE")
+    assert (ACCURACY.counted, MSE.counted) == ("points", "MSE")
     assert scale_of("1 − MSE") is MSE
 
 

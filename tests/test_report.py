@@ -158,6 +158,9 @@ def test_where_it_stands_between_what_it_cost_and_what_it_left() -> None:
     ahead = "unprotected +30.0 along the way, +20.0 at the end; protected +2.0 along the way, −5.0 at the end."
     assert f"Ahead of scratch, each at its best, in points: {ahead}" in said
     assert "87.3 % on the original domain)." in " ".join(conclusion(s)), "somebody else's checkpoint: no tolerance"
+    s["restricted"]["metric"] = "1 − MSE"
+    ahead = "unprotected −0.300 along the way, −0.200 at the end; protected −0.020 along the way, +0.050 at the end."
+    assert f"Beside scratch (below 0 is ahead), each at its best, in MSE: {ahead}" in " ".join(conclusion(s))
 
 
 def test_what_the_guard_took_back_is_said() -> None:

@@ -29,8 +29,13 @@ class Scale:
 
     @property
     def unit(self) -> str:
-        """What differences are counted in."""
+        """What differences are counted in, behind a number."""
         return f"of {self.name}" if self.error else "points"
+
+    @property
+    def counted(self) -> str:
+        """The same where no number stands before it."""
+        return self.name if self.error else "points"
 
     @property
     def titled(self) -> str:

@@ -55,7 +55,7 @@ def frontier(rows: Mapping[str, Mapping[str, Any]], clean: Mapping[str, Any], sc
         axes.set_ylim(low - room, high + room)
         axes.axhspan(low - room, 0, color="#f1f6f1", zorder=0)  # no better than from scratch
         axes.set_xlabel("intactness: original test metric after ÷ before")
-        axes.set_ylabel(f"worst case ahead of scratch, {scale.unit}")
+        axes.set_ylabel(f"worst case ahead of scratch, {scale.counted}")
         axes.set_title(title, fontsize=10)
     figure.legend(loc="outside upper center", ncols=min(6, len(curves) + 1), fontsize=8, frameon=False)
     return png(figure)

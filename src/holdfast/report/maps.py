@@ -112,7 +112,7 @@ def _heat(
     figure.colorbar(
         image,
         ax=axes,
-        label=f"protected − scratch ({scale.unit})",
+        label=f"protected − scratch ({scale.counted})",
         shrink=min(1.0, 8 / max(1, len(rows)) + 0.3),
         format=lambda value, _: scale.difference(value, 0 if scale.unit == "points" else 2),
     )

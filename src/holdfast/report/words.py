@@ -250,10 +250,11 @@ def _standing(summary: dict[str, Any], scale: Scale) -> list[str]:
         stands = standing([summary], model)
         return f"{scale.difference(stands['along'][0])} along the way, {scale.difference(stands['end'][0])} at the end"
 
+    beside = "Beside scratch (below 0 is ahead)" if scale.error else "Ahead of scratch"
     return [
         f"Where it stands: intactness {found['ratio']:.3f} ({scale.shown(found['before'])} → "
-        f"{scale.shown(found['after'])} on the original domain{allowed}). Ahead of scratch, each at its best, in "
-        f"{scale.unit}: unprotected {ahead('clean')}; protected {ahead('protected')}."
+        f"{scale.shown(found['after'])} on the original domain{allowed}). {beside}, each at its best, in "
+        f"{scale.counted}: unprotected {ahead('clean')}; protected {ahead('protected')}."
     ]
 
 
