@@ -88,10 +88,14 @@ def test_summary_and_report_speak_of_mse(done) -> None:
     before, after = (1 - summary["intactness"][n] for n in ("before", "after"))
     assert summary["intactness"]["ratio"] == pytest.approx(before / after, rel=1e-6)
     page, text = (done / "report.html").read_text(), (done / "report.md").read_text()
+    assert "protected − scratch (MSE, 95 %)" in text
+    assert "− scratch, 95 % (MSE)" in page
     for said in (page, text):
         assert "MSE-k" in said
         assert "1 − MSE" not in said
         assert " points" not in said
+        assert "in of MSE" not in said
+        assert "(of MSE" not in said
     assert f"{1 - summary['restricted']['worst_case']['protected']['final']:.3f}" in text
 
 

@@ -30,7 +30,7 @@ class Scale:
     @property
     def unit(self) -> str:
         """What differences are counted in, behind a number."""
-        return f"of {self.name}" if self.error else "points"
+        return f"of {self.counted}" if self.error else self.counted
 
     @property
     def counted(self) -> str:
