@@ -61,12 +61,18 @@ def test_a_module_of_ones_own(tmp_path: Path, tiny_recipe) -> None:
 def test_the_example_with_tensors_of_ones_own() -> None:
     page = (Path(__file__).parents[1] / "docs" / "defences" / "lockout.md").read_text()
     found: dict[str, object] = {}
+    torch.manual_seed(0)
     exec(page.split("```python\n")[1].split("```")[0], found)
     history = found["history"]
     assert isinstance(history, History)
-    iterations = [c["iteration"] for c in history.checks]
-    assert iterations[:3] == [0, 3, 6]
-    assert set(iterations[3:]) <= {9, 12, 15}, "its last three, again: the model has learned nothing it could keep"
+    # A model that has learned nothing keeps within the tolerance by chance: how often the last part is done again, and
+    # which state is released, is the draw's and the processor's; that it is one that was within it is not.
+    assert [c["iteration"] for c in history.checks] == [3 * k for k in range(len(history.checks))]
+    assert 3 <= len(history.checks) <= 1 + 2 * holdfast.Lockout().attempts
+    baseline = history.checks[0]["original"]
+    probed = {c["iteration"]: c["original"] for c in history.checks if "restricted" in c}
+    assert history.released in probed
+    assert probed[history.released] >= baseline - holdfast.Lockout().tolerance
     assert all(p.isfinite().all() for p in found["model"].parameters())
 
 
