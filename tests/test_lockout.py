@@ -132,6 +132,9 @@ class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.act = nn.Linear(2, 2), nn.Linear(2, 3), nn.ReLU(inplace=True)
+        for layer in (self.first, self.second):  # no draw in which either place is dead, and so depends on no image
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+            nn.init.zeros_(layer.bias)
         self.aside = nn.Parameter(torch.ones(1, 3))
 
     def forward(self, x):
