@@ -1,13 +1,15 @@
 """Print the tables of `docs/results` from finished runs: `python benchmarks/results_table.py RUN [RUN …]`.
 
 With `--rows` one line a run, to compare protections: what is left of the original, the attacker who chooses best along
-the way and at the end, all attacks taken alone, what the layers know, and a third domain.
+the way and at the end, all attacks taken alone, what the layers know, and a third domain. Folders without a finished
+audit, such as a comparison's `clean`, are left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +164,15 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="only so many attacks, the strongest")
     parser.add_argument("--rows", action="store_true", help="one line a run, to compare protections")
     given = parser.parse_args()
+    runs = [run for run in given.runs if (run / "summary.json").exists()]
+    if not runs:
+        parser.error(f"no summary.json of a finished run in any of: {', '.join(map(str, given.runs))}")
+    if without := [run.name for run in given.runs if run not in runs]:
+        print(f"left out, without a summary.json: {', '.join(without)}", file=sys.stderr)
     if given.rows:
-        print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, given.runs), sep="\n")
+        print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, runs), sep="\n")
         return
-    for run in given.runs:
+    for run in runs:
         print(table(run, given.first))
 
 

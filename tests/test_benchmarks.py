@@ -134,3 +134,16 @@ def test_a_protection_as_one_line_of_a_table(tmp_path: Path) -> None:
         "20.0, 40.0, 30.0",
         "−2.0, +0.4",
     ]
+    (tmp_path / "clean").mkdir()
+    said = table_of(tmp_path / "clean", run)
+    assert said.returncode == 0
+    assert said.stdout.splitlines()[2:] == [module.row(run)]
+    assert said.stderr == "left out, without a summary.json: clean\n"
+    refused = table_of(tmp_path / "clean")
+    assert refused.returncode == 2
+    assert "no summary.json of a finished run in any of" in refused.stderr.splitlines()[-1]
+
+
+def table_of(*runs: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, FOLDER / "results_table.py", "--rows", *runs]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
